@@ -1,0 +1,23 @@
+"""Differentiable augmentation of what CLIP, and with it the discriminator, sees (DiffAugment, arXiv 2006.10738)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def shift(images: Tensor, shares: Tensor) -> Tensor:
+    """Move images (B, 3, H, W) by whole pixels, `shares` (B, 2) of the side down and to the right; edges repeat.
+
+    CLIP cuts pictures into patches; moving what it sees keeps the generator from drawing the patch grid.
+    """
+    if not shares.any():
+        return images
+    side = images.shape[-1]
+    margin = math.ceil(float(shares.abs().max()) * side)
+    padded = F.pad(images, [margin] * 4, mode="replicate")
+    corners = (margin - (shares * side).round()).long().tolist()
+    return torch.stack(
+        [image[:, y : y + side, x : x + side] for image, (y, x) in zip(padded.unbind(), corners, strict=True)]
+    )

@@ -1,0 +1,57 @@
+"""Checkpoint files: written beside and renamed, read without ever running what is inside."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ratlip.errors import UserError
+
+FORMAT = "ratlip-1"  # stands under "format" in every checkpoint that this program writes
+
+
+def save(content: Any, path: Path) -> None:
+    """torch.save to `path`, complete or not at all: a kill or a full disk leaves the older file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise UserError(f"could not write {path} ({error}); earlier files are untouched") from None
+
+
+def read(path: str | Path) -> dict:
+    """The content of a checkpoint file, tensors on the CPU.
+
+    Only tensors and plain containers are ever built from it (`weights_only`).
+
+    Raises:
+        UserError: no such file, not a checkpoint, cut short, or one that asks to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
+        raise UserError(
+            f"{path} is not a checkpoint of tensors and plain values; refused unread. {reason}".strip()
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is no checkpoint, or is cut short ({str(error).splitlines()[0][:160]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest epoch's checkpoint below saved_models/<config>/, over all of its runs; None if there is none."""
+    return max(folder.glob("*/state_epoch_*.pth"), key=lambda path: (path.stat().st_mtime, path.name), default=None)

@@ -1,0 +1,220 @@
+"""Frozen CLIP: one copy of the weights that serves as text encoder, image encoder and prompted mapper."""
+
+import math
+import pickle
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ratlip.errors import UserError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # clip imports pkg_resources, which warns of its end
+    import clip
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, RGB in [0, 1]
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class FrozenClip(nn.Module):
+    """The three towers over one OpenAI CLIP with a ViT (Radford et al. 2021, arXiv 2103.00020).
+
+    Depth, width, patch grid and embedding size are read from the model. Its parameters never take a gradient;
+    gradients do flow through it to images, feature maps and prompts.
+
+    Args:
+        model: a `clip.model.CLIP` with a vision transformer. It is turned to float32 and frozen in place.
+        feature_blocks: vision blocks, counted from 0, whose patch tokens the discriminator reads. None takes
+            the released (1, 4, 8) of 12, scaled to the depth.
+        prompt_blocks: vision blocks that get a prompt when used as mapper. None: the released 1..8 of 12, scaled.
+        preprocess: "standard" (antialiased bicubic, CLIP's normalisation) or "released" (nearest, and the range
+            mapped twice, as the published GALIP and RATLIP numbers were made).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        feature_blocks: Sequence[int] | None = None,
+        prompt_blocks: Sequence[int] | None = None,
+        preprocess: str = "standard",
+    ):
+        super().__init__()
+        self.clip = model.float().eval().requires_grad_(False)
+        visual = model.visual
+        if not hasattr(visual, "class_embedding"):
+            raise UserError("clip.weights: this CLIP has a ResNet image tower; a ViT such as ViT-B/32 is needed")
+        self.width = visual.conv1.out_channels
+        self.patch = visual.conv1.kernel_size[0]
+        self.grid = round((len(visual.positional_embedding) - 1) ** 0.5)  # patches along one side
+        self.resolution = self.grid * self.patch  # pixels along one side
+        self.depth = len(visual.transformer.resblocks)
+        self.embedding_dim = visual.proj.shape[1]
+        self.context_length = len(model.positional_embedding)
+        self.feature_blocks = _blocks(
+            "clip.feature_blocks", feature_blocks, default_feature_blocks(self.depth), self.depth
+        )
+        self.prompt_blocks = _blocks("clip.prompt_blocks", prompt_blocks, default_prompt_blocks(self.depth), self.depth)
+        self.preprocess = preprocess
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """What networks built on this CLIP depend on."""
+        return {"embedding": self.embedding_dim, "width": self.width, "grid": self.grid, "depth": self.depth}
+
+    def train(self, mode: bool = True) -> "FrozenClip":
+        """Stays in eval mode whatever is asked."""
+        return super().train(False)
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> token ids (B, context length), int64; longer captions are cut."""
+        return clip.tokenize(list(captions), context_length=self.context_length, truncate=True).long()
+
+    def text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Text encoder: token ids (B, L) -> sentence embedding (B, E), token features (B, L, text width).
+
+        The sentence embedding is the projected feature of the end-of-text token, not normalised; the token
+        features are taken after `ln_final` and are not projected.
+        """
+        model = self.clip
+        x = model.token_embedding(tokens) + model.positional_embedding[: tokens.shape[1]]  # (B, L, W)
+        for block in model.transformer.resblocks:
+            x = transformer_block(block, x, causal=True)
+        words = model.ln_final(x)
+        end_of_text = words[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=1)]  # the largest id
+        return end_of_text @ model.text_projection, words
+
+    def image(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Image encoder: images (B, 3, H, W) in [-1, 1] -> feature maps (B, N, W, g, g), embedding (B, E).
+
+        N is the number of `feature_blocks`, W the tower's width, g its patch grid. The embedding is not normalised.
+        """
+        tokens, maps = self._run(self._patches(images), range(self.depth))
+        visual = self.clip.visual
+        return maps, visual.ln_post(tokens[:, 0]) @ visual.proj
+
+    def feature_maps(self, images: Tensor) -> Tensor:
+        """The feature maps of `image` alone; blocks above the last one that is read do not run."""
+        return self._run(self._patches(images), range(self.feature_blocks[-1] + 1))[1]
+
+    def mapper(self, features: Tensor, prompts: Tensor) -> Tensor:
+        """Prompted mapper (GALIP, arXiv 2301.12959): features (B, W, g, g) in place of patch embeddings,
+        prompts (B, len(prompt_blocks), W) -> patch tokens of the last block (B, W, g, g)."""
+        patches = features.flatten(2).transpose(1, 2)  # (B, g*g, W)
+        tokens, _ = self._run(patches, range(self.depth), dict(zip(self.prompt_blocks, prompts.unbind(1), strict=True)))
+        return self._to_map(tokens)
+
+    def clip_input(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> what enters the image tower (B, 3, R, R)."""
+        images = images * 0.5 + 0.5
+        size = (self.resolution, self.resolution)
+        if self.preprocess == "released":
+            return ((F.interpolate(images, size, mode="nearest") + 1) * 0.5 - self.mean) / self.std
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+        return (images - self.mean) / self.std
+
+    def _patches(self, images: Tensor) -> Tensor:
+        return self.clip.visual.conv1(self.clip_input(images)).flatten(2).transpose(1, 2)  # (B, g*g, W)
+
+    def _run(self, patches: Tensor, blocks: range, prompts: dict[int, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Patch embeddings (B, g*g, W) -> tokens (B, 1 + g*g, W) after `blocks`, maps of the feature blocks."""
+        visual, prompts, maps = self.clip.visual, prompts or {}, []
+        class_token = visual.class_embedding.expand(len(patches), 1, -1)
+        x = visual.ln_pre(torch.cat([class_token, patches], dim=1) + visual.positional_embedding)
+        for i in blocks:
+            block = visual.transformer.resblocks[i]
+            if i in prompts:
+                x = transformer_block(block, torch.cat([x, prompts[i][:, None]], dim=1))[:, :-1]
+            else:
+                x = transformer_block(block, x)
+            if i in self.feature_blocks:
+                maps.append(self._to_map(x))
+        return x, torch.stack(maps, dim=1) if maps else x
+
+    def _to_map(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (B, W, g, g)
+
+
+def transformer_block(block: nn.Module, x: Tensor, causal: bool = False) -> Tensor:
+    """One pre-norm block over x (B, L, W), with CLIP's weights; attention without storing the (L, L) matrix."""
+    attention = block.attn
+    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = qkv.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, L, W / heads)
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+    x = x + attention.out_proj(mixed)
+    return x + block.mlp(block.ln_2(x))
+
+
+def default_feature_blocks(depth: int) -> tuple[int, ...]:
+    """Blocks 1, 4, 8 of 12, at the same relative depth in a tower of `depth` blocks: 0, 1, 2 of 4."""
+    return tuple(sorted({math.ceil(depth * last / 12) - 1 for last in (2, 5, 9)}))
+
+
+def default_prompt_blocks(depth: int) -> tuple[int, ...]:
+    """Blocks 1..8 of 12: all but the first, up to three quarters of the depth (at least one of two)."""
+    return tuple(range(1, max(depth * 9 // 12, min(depth, 2))))
+
+
+def _blocks(key: str, asked: Sequence[int] | None, default: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    if asked is None:
+        return default
+    if not asked or list(asked) != sorted(set(asked)) or not all(0 <= i < depth for i in asked):
+        raise UserError(f"{key}: {list(asked)} must be increasing block numbers from 0 to {depth - 1} of this CLIP")
+    return tuple(asked)
+
+
+def load_clip(weights: str, source: str = "openai", **towers) -> FrozenClip:
+    """Load a CLIP on the CPU.
+
+    Args:
+        weights: for "openai" a model name that `clip` can download ("ViT-B/32"), or a path to OpenAI's archive or
+            to a state dict; for "open_clip" an architecture and a tag or path ("ViT-B-32:laion2b_s34b_b79k").
+        source: "openai" or "open_clip".
+        towers: further arguments of FrozenClip.
+
+    Raises:
+        UserError: no such file, not a CLIP, or a download that failed.
+    """
+    model = _load_open_clip(weights) if source == "open_clip" else _load_openai(weights)
+    return FrozenClip(model, **towers)
+
+
+def _load_openai(weights: str) -> nn.Module:
+    if weights not in clip.available_models() and not Path(weights).is_file():
+        raise UserError(
+            f"clip.weights: no file {weights!r}, and no CLIP of that name; "
+            f"give a path or one of {', '.join(clip.available_models())}"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit.load is deprecated; OpenAI's archives are in that format
+            return clip.load(weights, device="cpu", jit=False)[0]
+    except (RuntimeError, KeyError, AttributeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"clip.weights: {weights} is not a CLIP checkpoint ({_first_line(error)})") from None
+    except OSError as error:
+        raise UserError(
+            f"clip.weights: {weights} could not be downloaded ({_first_line(error)}); "
+            "fetch the file elsewhere and set clip.weights to its path"
+        ) from None
+
+
+def _load_open_clip(weights: str) -> nn.Module:
+    try:
+        import open_clip
+    except ImportError:
+        raise UserError("clip.source: open_clip is not installed; run: python -m pip install open_clip_torch") from None
+    architecture, _, pretrained = weights.partition(":")
+    try:
+        return open_clip.create_model(architecture, pretrained=pretrained or None, require_pretrained=True)
+    except (RuntimeError, OSError, KeyError) as error:
+        raise UserError(f"clip.weights: open_clip cannot load {weights} ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,161 @@
+"""Configuration: default.yml, then a run file, then key=value words; strict, with errors a person can act on."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from easydict import EasyDict
+
+from ratlip.errors import UserError
+from ratlip.models.generator import is_image_size
+
+ROOT = Path(__file__).resolve().parents[2]  # of the repository
+DEFAULT = ROOT / "cfg" / "default.yml"
+
+CHOICES = {
+    "data.layout": ("demo", "bird", "flower", "face", "coco", "folder"),
+    "model.name": ("ratlip", "galip"),
+    "model.rat.state": ("shared", "independent"),
+    "model.rat.scope": ("mapper", "all"),
+    "clip.source": ("openai", "open_clip"),
+    "clip.preprocess": ("standard", "released"),
+    "train.device": ("auto", "cpu", "cuda"),
+    "train.precision": ("auto", "fp32", "bf16"),
+}
+AT_LEAST = {
+    "data.num_workers": 0,
+    "data.enlarge": 1.0,
+    "model.nf": 16,
+    "model.z_dim": 1,
+    "model.d_channels": 4,
+    "train.batch_size": 2,  # the mismatched caption is another image's
+    "train.max_epoch": 1,
+    "train.seed": 0,
+    "train.lr_g": 0.0,
+    "train.lr_d": 0.0,
+    "train.sim_w": 0.0,
+    "train.clip_grad": 0.0,
+    "eval.sample_times": 1,
+    "eval.samples": 0,
+    "eval.batch_size": 1,
+    "log.gen_interval": 1,
+    "log.test_interval": 1,
+    "log.save_interval": 1,
+}
+MULTIPLE_OF = {"model.nf": 16, "model.d_channels": 4}  # shuffle attention halves 8 groups of channels
+SHARES = ("train.lr_decay", "train.beta1", "train.beta2", "train.ema", "train.augment_shift")  # from 0 up to 1
+OPTIONAL = {"model.shipped": str, "clip.feature_blocks": list, "clip.prompt_blocks": list}  # null, or of this type
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
+    """The resolved configuration of a run file.
+
+    Args:
+        path: a YAML file with any of the keys of cfg/default.yml.
+        overrides: words like "train.batch_size=8", stronger than the file.
+
+    Returns:
+        Every key of default.yml, as nested attributes; `name` is the run file's stem.
+
+    Raises:
+        UserError: names the file or word, the key, and the nearest valid key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = ", ".join(sorted(p.name for p in DEFAULT.parent.glob("*.yml") if p != DEFAULT))
+        raise UserError(f"no configuration file {path}; cfg/ has {known}")
+    defaults = flatten(yaml.safe_load(DEFAULT.read_text()))
+    settings = dict(defaults)
+    for source, values in ((str(path), flatten(_read_yaml(path))), *map(_read_word, overrides)):
+        for key, value in values.items():
+            if key not in defaults:
+                raise UserError(f"{source}: unknown key {key!r}{_nearest(key, defaults)}")
+            settings[key] = _check(source, key, value, defaults[key])
+    return EasyDict({"name": path.stem, **unflatten(settings)})
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """{"train": {"seed": 1}} -> {"train.seed": 1}."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def unflatten(flat: dict[str, Any]) -> dict:
+    """{"train.seed": 1} -> {"train": {"seed": 1}}."""
+    tree: dict = {}
+    for key, value in flat.items():
+        *groups, leaf = key.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[leaf] = value
+    return tree
+
+
+def dump(config: EasyDict) -> str:
+    """The configuration as YAML that `load` reads back."""
+    tree = unflatten({key: value for key, value in flatten(config).items() if key != "name"})
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        where = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(content or {}, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}; expected keys and values as in cfg/default.yml")
+    return content or {}
+
+
+def _read_word(word: str) -> tuple[str, dict]:
+    key, equals, value = word.partition("=")
+    if not equals or not key:
+        raise UserError(f"{word!r}: expected key=value, for example train.batch_size=8")
+    try:
+        return f"{word!r}", {key.strip(): yaml.safe_load(value)}
+    except yaml.YAMLError:
+        return f"{word!r}", {key.strip(): value}
+
+
+def _nearest(key: str, known: dict) -> str:
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+    near = same_leaf or difflib.get_close_matches(key, known, 1, 0.5)
+    near = near or [k for k in known if difflib.get_close_matches(leaf, [k.rsplit(".", 1)[-1]], 1, 0.6)]
+    return f"; did you mean {near[0]!r}?" if near else "; cfg/default.yml lists all keys"
+
+
+def _check(source: str, key: str, value: Any, default: Any) -> Any:
+    """The value in the default's type, or a UserError."""
+    expected = OPTIONAL.get(key, type(default))
+    if value is None and key in OPTIONAL:
+        return None
+    if expected is float and not isinstance(value, bool):
+        try:
+            value = float(value)  # YAML 1.1 reads 1e-4 as text
+        except (TypeError, ValueError):
+            pass
+    if isinstance(value, bool) and expected is not bool or not isinstance(value, expected):
+        raise UserError(f"{source}: {key} must be of type {expected.__name__}, not {value!r}")
+    if key in CHOICES and value not in CHOICES[key]:
+        raise UserError(f"{source}: {key} must be one of {', '.join(CHOICES[key])}, not {value!r}")
+    if key in AT_LEAST and not AT_LEAST[key] <= value < float("inf"):
+        raise UserError(f"{source}: {key} must be a number of at least {AT_LEAST[key]}, not {value}")
+    if key in SHARES and not 0 <= value < 1:
+        raise UserError(f"{source}: {key} must be at least 0 and below 1, not {value}")
+    if key == "model.imsize" and not is_image_size(value):
+        raise UserError(f"{source}: {key} must be 4 * 2^k (8, 16, 32, 64, 128, 256, ...) or 224, not {value}")
+    if key in MULTIPLE_OF and value % MULTIPLE_OF[key]:
+        raise UserError(f"{source}: {key} must be a multiple of {MULTIPLE_OF[key]}, not {value}")
+    return value

@@ -1,0 +1,133 @@
+"""Batches of captioned images, the same whatever the number of workers and processes."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ratlip.data.captions import CaptionTable
+from ratlip.data.layouts import Item, open_image
+from ratlip.errors import UserError
+
+
+class Draw(NamedTuple):
+    """One place in a training batch: which image, seen in which epoch, with which caption rows."""
+
+    epoch: int
+    image: int
+    row: int  # of a caption of this image
+    mismatched_row: int  # of a caption of another image
+
+
+class Batch(NamedTuple):
+    """What the training step reads; the rows point into the table of sentence embeddings."""
+
+    images: Tensor  # (B, 3, S, S) in [-1, 1]
+    rows: Tensor  # (B,) int64
+    mismatched_rows: Tensor  # (B,) int64
+
+
+class EpochBatches(Sampler[list[Draw]]):
+    """The batches of one epoch: each image once, in an order and with captions that (seed, epoch) decide.
+
+    Every process computes the global batches and takes its own share of each, so that the number of processes
+    does not change them. Images that do not fill the last batch are left to another epoch.
+    """
+
+    def __init__(self, table: CaptionTable, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        self.table = table
+        self.batch_size = batch_size  # global
+        self.seed = seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+        if batch_size > len(table.starts) - 1:
+            raise UserError(
+                f"train.batch_size: {batch_size} is larger than the {len(table.starts) - 1} training images"
+            )
+        if batch_size % world_size:
+            raise UserError(f"train.batch_size: {batch_size} does not divide over {world_size} processes")
+
+    def __len__(self) -> int:
+        return (len(self.table.starts) - 1) // self.batch_size
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(len(self.table.starts) - 1)
+        rows = self.table.draw(order, rng)
+        for i in range(0, len(self) * self.batch_size, self.batch_size):
+            images, own = order[i : i + self.batch_size], rows[i : i + self.batch_size]
+            mismatched = self.table.mismatched(images, own)
+            share = zip(images.tolist(), own.tolist(), mismatched.tolist(), strict=True)
+            yield [Draw(self.epoch, *place) for place in list(share)[self.rank :: self.world_size]]
+
+
+class TrainingImages(Dataset):
+    """Decodes and augments the image of a Draw; crop and mirroring depend on (seed, epoch, image) alone."""
+
+    def __init__(self, items: Sequence[Item], imsize: int, enlarge: float, flip: bool, seed: int):
+        self.items = items
+        self.imsize, self.enlarge, self.flip, self.seed = imsize, enlarge, flip, seed
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int]:
+        rng = np.random.default_rng((self.seed, draw.epoch, draw.image))
+        image = resize_shorter(open_image(self.items[draw.image]), int(self.imsize * self.enlarge))
+        image = crop(image, self.imsize, *rng.random(2))
+        if self.flip and rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return to_tensor(image), draw.row, draw.mismatched_row
+
+
+class TestImages(Dataset):
+    """Images as evaluation sees them: shorter side to `imsize`, cut in the centre. Gives (image, number)."""
+
+    def __init__(self, items: Sequence[Item], imsize: int):
+        self.items, self.imsize = items, imsize
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return to_tensor(crop(resize_shorter(open_image(self.items[index]), self.imsize), self.imsize, 0.5, 0.5)), index
+
+
+def resize_shorter(image: Image.Image, size: int) -> Image.Image:
+    """Shorter side to `size` pixels, bilinear, proportions kept."""
+    scale = size / min(image.size)
+    width, height = (max(size, int(side * scale)) for side in image.size)
+    return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def crop(image: Image.Image, size: int, x: float, y: float) -> Image.Image:
+    """The square of side `size` at the shares x, y (0 to 1) of the room there is."""
+    left, top = int(x * (image.width - size + 1)), int(y * (image.height - size + 1))
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> (3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
+
+
+def training_loader(dataset: TrainingImages, batches: EpochBatches, num_workers: int, pin: bool) -> DataLoader:
+    """Yields Batch; call `batches.epoch = n` before each pass."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin,
+        collate_fn=collate,
+    )
+
+
+def collate(samples: Sequence[tuple[Tensor, int, int]]) -> Batch:
+    """Samples of TrainingImages -> Batch."""
+    images, rows, mismatched = zip(*samples, strict=True)
+    return Batch(torch.stack(images), torch.tensor(rows), torch.tensor(mismatched))

@@ -1,0 +1,30 @@
+"""Which device and which precision a run uses."""
+
+from contextlib import AbstractContextManager
+
+import torch
+
+from ratlip.errors import UserError
+
+
+def choose(name: str, local_rank: int = 0) -> torch.device:
+    """ "auto", "cpu" or "cuda" -> the device of this process."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("train.device: cuda was asked for, but PyTorch sees no GPU here; use cpu or auto")
+    return torch.device("cuda", local_rank)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """ "auto" -> "bf16" where the hardware multiplies in it, else "fp32"; other names stay."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Context in which matrix products and convolutions run in the given precision; weights stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -1,0 +1,23 @@
+"""The one exception that a user is meant to read, and the entry points' way of showing it."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can mend. The message says what is wrong, where, and what to do, in one line."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call an entry point; a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_fail(f"error: {error}", 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted", 130))
+
+
+def _fail(line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    return code

@@ -1,0 +1,35 @@
+"""The losses, as pure functions of tensors (hinge, MA-GP, CLIP similarity; GALIP, arXiv 2301.12959)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def hinge_real(logits: Tensor) -> Tensor:
+    """E[relu(1 - D)] of logits (B, 1) at pictures with their own captions."""
+    return F.relu(1 - logits).mean()
+
+
+def hinge_fake(logits: Tensor) -> Tensor:
+    """E[relu(1 + D)] of logits (B, 1) at generated pictures, or at pictures with another picture's caption."""
+    return F.relu(1 + logits).mean()
+
+
+def matching_aware_gradient_penalty(logits: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """MA-GP = 2 E[ ||grad D||_2 ^ 6 ] at real pairs (DF-GAN, arXiv 2008.05865).
+
+    Args:
+        logits: (B, 1), a function of `inputs`; sample i depends on row i of each input alone.
+        inputs: tensors (B, ...) that require gradients: the CLIP feature maps and the sentence embedding. The
+            norm is taken over all of them together.
+    """
+    gradients = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
+    squared_norm = sum(g.flatten(1).square().sum(dim=1) for g in gradients)  # (B,)
+    return 2 * squared_norm.pow(3).mean()
+
+
+def clip_similarity(images: Tensor, sentences: Tensor) -> Tensor:
+    """E[cos] of image embeddings (B, E) and sentence embeddings (B, E), between -1 and 1."""
+    return F.cosine_similarity(images, sentences, dim=1).mean()

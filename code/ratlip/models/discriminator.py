@@ -1,0 +1,46 @@
+"""The discriminator: CLIP feature maps and a sentence embedding to one logit (GALIP, arXiv 2301.12959)."""
+
+import torch
+from torch import Tensor, nn
+
+from ratlip.clip_towers import FrozenClip
+from ratlip.models.blocks import DiscriminatorBlock
+
+
+class Discriminator(nn.Module):
+    """Fuses the feature maps from the shallowest up, then judges them together with the sentence.
+
+    Args:
+        clip: read for the width, grid, number of feature maps and embedding size; not kept.
+        channels: of the fused features; the released networks have 512.
+    """
+
+    def __init__(self, clip: FrozenClip, channels: int = 512):
+        super().__init__()
+        deeper_maps = len(clip.feature_blocks) - 1
+        self.blocks = nn.ModuleList(DiscriminatorBlock(clip.width, clip.width) for _ in range(deeper_maps))
+        self.betas = nn.Parameter(torch.zeros(deeper_maps))  # how much of each deeper map is added
+        self.main = DiscriminatorBlock(clip.width, channels)
+        # Two convolutions without padding that together see the whole grid: 4x4 and 4x4 on the released 7x7.
+        first = min(4, (clip.grid + 1) // 2)
+        self.judge = nn.Sequential(
+            nn.Conv2d(channels + clip.embedding_dim, channels // 4, first, bias=False),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(channels // 4, 1, clip.grid + 1 - first, bias=False),
+        )
+
+    def features(self, feature_maps: Tensor) -> Tensor:
+        """CLIP feature maps (B, N, W, g, g) -> fused features (B, channels, g, g)."""
+        x, *deeper = feature_maps.unbind(1)
+        for block, beta, deeper_map in zip(self.blocks, self.betas, deeper, strict=True):
+            x = block(x) + beta * deeper_map
+        return self.main(x)
+
+    def logits(self, features: Tensor, sentence: Tensor) -> Tensor:
+        """Fused features (B, channels, g, g), sentence embedding (B, E) -> logit (B, 1)."""
+        tiled = sentence[:, :, None, None].expand(-1, -1, *features.shape[2:])
+        return self.judge(torch.cat([features, tiled], dim=1)).flatten(1)
+
+    def forward(self, feature_maps: Tensor, sentence: Tensor) -> Tensor:
+        """CLIP feature maps (B, N, W, g, g), sentence embedding (B, E) -> logit (B, 1)."""
+        return self.logits(self.features(feature_maps), sentence)

@@ -1,0 +1,83 @@
+"""Conditional affine layers: plain (CAT, as in GALIP) and recurrent (RAT-GAN, arXiv 2204.10482)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+Affines = list[tuple[Tensor, Tensor]]  # gamma, beta of each layer, (B, C, 1, 1) each
+
+
+class Affine(nn.Module):
+    """gamma(h) and beta(h) of one layer, each Linear-ReLU-Linear; at first gamma = 1 and beta = 0."""
+
+    def __init__(self, condition_dim: int, channels: int):
+        super().__init__()
+        self.gamma, self.beta = (
+            nn.Sequential(nn.Linear(condition_dim, channels), nn.ReLU(), nn.Linear(channels, channels))
+            for _ in range(2)
+        )
+        for mlp, start in ((self.gamma, 1.0), (self.beta, 0.0)):
+            nn.init.zeros_(mlp[-1].weight)
+            nn.init.constant_(mlp[-1].bias, start)
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gamma(h)[:, :, None, None], self.beta(h)[:, :, None, None]
+
+
+class Conditioner(nn.Module):
+    """Every gamma and beta of a network, computed up front from the condition c = [noise; sentence].
+
+    Layers along the network are time steps: RAT(x | h_t) = gamma_t(h_t) * x + beta_t(h_t). A plain layer takes
+    h_t = c. A recurrent one takes h_t from an LSTM that reads c at each step; since c never depends on image
+    features, the LSTM can be unrolled before the first convolution runs.
+
+    Args:
+        channels: of each affine layer, in network order.
+        recurrent: for each layer, whether it takes h_t from an LSTM.
+        state: "shared", one LSTM whose start (h_0, c_0) is an MLP of the noise; or "independent", an LSTM for
+            each layer that makes one step from zero state, which is what the released RATLIP weights are.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        recurrent: Sequence[bool],
+        noise_dim: int,
+        sentence_dim: int,
+        state: str = "shared",
+        hidden_dim: int = 64,
+    ):
+        super().__init__()
+        condition_dim = noise_dim + sentence_dim
+        self.recurrent = list(recurrent)
+        self.state = state
+        steps = sum(self.recurrent)
+        if steps and state == "shared":
+            self.start = nn.Sequential(
+                nn.Linear(noise_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2 * hidden_dim)
+            )
+        lstms = {"shared": min(steps, 1), "independent": steps}[state]
+        self.lstms = nn.ModuleList(nn.LSTM(condition_dim, hidden_dim) for _ in range(lstms))
+        self.affines = nn.ModuleList(
+            Affine(hidden_dim if r else condition_dim, c) for c, r in zip(channels, recurrent, strict=True)
+        )
+
+    def forward(self, noise: Tensor, sentence: Tensor) -> Affines:
+        """noise (B, Z), sentence (B, E) -> (gamma, beta) of each layer."""
+        condition = torch.cat([noise, sentence], dim=1)
+        hidden = iter(self._unroll(noise, condition))
+        return [
+            affine(next(hidden) if recurrent else condition)
+            for affine, recurrent in zip(self.affines, self.recurrent, strict=True)
+        ]
+
+    def _unroll(self, noise: Tensor, condition: Tensor) -> Sequence[Tensor]:
+        """h_t (B, H) of each recurrent layer."""
+        if not self.lstms:
+            return []
+        if self.state == "independent":
+            return [lstm(condition[None])[0][0] for lstm in self.lstms]
+        h_0, c_0 = self.start(noise)[None].chunk(2, dim=-1)  # (1, B, H) each
+        steps = condition.expand(sum(self.recurrent), -1, -1)  # (T, B, Z + E)
+        return self.lstms[0](steps, (h_0.contiguous(), c_0.contiguous()))[0].unbind(0)

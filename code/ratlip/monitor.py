@@ -1,0 +1,113 @@
+"""What a run shows and keeps: TensorBoard, metrics.jsonl, and captioned grids of samples."""
+
+import json
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from easydict import EasyDict
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from ratlip import distributed
+from ratlip.config import dump
+
+LOG_EVERY = 10  # steps between looks at the losses, each of which waits for the device
+TEXT_HEIGHT = 14  # pixels of a line of caption
+MIN_CELL = 128  # pixels; smaller pictures are enlarged by whole factors so that captions fit below them
+
+
+class Monitor:
+    """Shows a run on the terminal and keeps its logs below `folder`; silent on all processes but the first."""
+
+    def __init__(self, folder: Path, config: EasyDict, total_steps: int, epoch_steps: int):
+        self.folder, self.config = folder, config
+        self.total_steps, self.epoch_steps = total_steps, epoch_steps
+        self.active = distributed.rank() == 0
+        self.started = self.last_look = time.time()
+        if self.active:
+            (folder / "grids").mkdir(parents=True, exist_ok=True)
+            self.board = SummaryWriter(str(folder))
+            self.board.add_text("config", f"```\n{dump(config)}\n```")
+        self.on_terminal = self.active and sys.stderr.isatty()
+        self.bar = tqdm(total=total_steps, unit="step", disable=not self.on_terminal, dynamic_ncols=True)
+
+    def step(self, values: dict[str, Tensor], step: int) -> None:
+        """One training step: moves the bar; now and then logs the loss terms and rates."""
+        self.bar.update()
+        if not self.active or step % LOG_EVERY:
+            return
+        now = time.time()
+        scalars = {tag: float(value) for tag, value in values.items()}
+        scalars["speed/images_per_second"] = LOG_EVERY * self.config.train.batch_size / (now - self.last_look)
+        self.last_look = now
+        for tag, value in scalars.items():
+            self.board.add_scalar(tag, value, step)
+        self.bar.set_description(f"epoch {(step - 1) // self.epoch_steps + 1}/{self.config.train.max_epoch}")
+        self.bar.set_postfix_str(_losses(values))
+
+    def epoch(self, values: dict[str, Tensor], epoch: int) -> None:
+        """End of an epoch: a line of its own where no bar can be shown."""
+        if self.active and not self.on_terminal:
+            spent, epochs = time.time() - self.started, self.config.train.max_epoch
+            left = spent / epoch * (epochs - epoch)
+            print(f"epoch {epoch}/{epochs}  {_losses(values)}  {_minutes(spent)}, {_minutes(left)} left", flush=True)
+
+    def scores(self, scores: dict[str, float], epoch: int, step: int) -> None:
+        """One evaluation: a line of metrics.jsonl, and TensorBoard scalars below `scores/`."""
+        if not self.active:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"epoch": epoch, "step": step, **scores}) + "\n")
+        for name, value in scores.items():
+            self.board.add_scalar(f"scores/{name}", value, step)
+
+    def grid(self, image: Image.Image, epoch: int, step: int) -> None:
+        """A sample grid, as PNG and in TensorBoard."""
+        if self.active:
+            image.save(self.folder / "grids" / f"epoch_{epoch:04}.png")
+            self.board.add_image("samples", np.asarray(image), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """End the bar and write out what is buffered."""
+        self.bar.close()
+        if self.active:
+            self.board.close()
+
+
+def _losses(values: dict[str, Tensor]) -> str:
+    return "  ".join(f"{tag.split('/')[1]} {float(v):.2f}" for tag, v in values.items() if tag.startswith("loss"))
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """Images (B, 3, H, W) in [-1, 1], clamped -> B pictures of 8 bits."""
+    levels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels]
+
+
+def captioned_grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
+    """Images (B, 3, H, W) in [-1, 1] in rows of `columns`, each with its caption below, wrapped and never cut."""
+    pictures = to_pictures(images)
+    factor = max(1, -(-MIN_CELL // pictures[0].width))
+    width, height = (side * factor for side in pictures[0].size)
+    font = ImageFont.load_default(size=11)
+    wrapped = [textwrap.wrap(caption, max(12, width // 6)) for caption in captions]
+    cell = (width + 8, height + TEXT_HEIGHT * max(map(len, wrapped)) + 10)
+    grid = Image.new("RGB", (columns * cell[0], -(-len(pictures) // columns) * cell[1]), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, (picture, lines) in enumerate(zip(pictures, wrapped, strict=True)):
+        x, y = i % columns * cell[0] + 4, i // columns * cell[1] + 4
+        grid.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        for number, line in enumerate(lines):
+            draw.text((x, y + height + 2 + number * TEXT_HEIGHT), line, "black", font=font)
+    return grid

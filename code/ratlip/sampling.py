@@ -1,0 +1,87 @@
+"""From captions to images: finding a checkpoint, loading its generator, seeded noise."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from easydict import EasyDict
+from torch import Tensor
+
+from ratlip import build, checkpoint, released
+from ratlip import config as configuration
+from ratlip.clip_towers import FrozenClip
+from ratlip.device import autocast
+from ratlip.errors import UserError
+from ratlip.models.generator import Generator
+
+
+def seeded_noise(seed: int, numbers: Sequence[int], dim: int) -> Tensor:
+    """Standard normal noise (B, dim) of the samples with these numbers: each depends on (seed, number) alone."""
+    rows = [np.random.default_rng((seed, number)).standard_normal(dim, dtype=np.float32) for number in numbers]
+    return torch.from_numpy(np.stack(rows))
+
+
+@torch.no_grad()
+def generate(generator: Generator, noise: Tensor, sentences: Tensor, precision: str = "fp32") -> Tensor:
+    """noise (B, Z), sentence embeddings (B, E), both on the generator's device -> images (B, 3, S, S) in [-1, 1]."""
+    with autocast(noise.device, precision):
+        return generator(noise, sentences).float().clamp(-1, 1)
+
+
+@torch.no_grad()
+def embed_captions(clip: FrozenClip, captions: Sequence[str]) -> Tensor:
+    """Captions -> sentence embeddings (B, E). Raises UserError for an empty caption."""
+    for number, caption in enumerate(captions, 1):
+        if not caption.strip():
+            raise UserError(f"caption {number} is empty; give a description such as 'a small red star'")
+    return clip.text(clip.tokenize(captions).to(clip.mean.device))[0]
+
+
+def find_checkpoint(config: EasyDict) -> Path:
+    """The newest checkpoint trained with this configuration, else the one shipped for it."""
+    trained = checkpoint.newest(Path(config.log.save_dir) / config.name)
+    if trained:
+        return trained
+    if config.model.shipped:
+        return configuration.ROOT / config.model.shipped
+    raise UserError(
+        f"nothing has been trained with {config.name} yet (no checkpoint below {config.log.save_dir}/{config.name}); "
+        f"run: bash scripts/train.sh cfg/{config.name}.yml, or name a checkpoint"
+    )
+
+
+def load_generator(config: EasyDict, path: str | Path) -> tuple[Generator, FrozenClip, str]:
+    """The generator of a checkpoint, ours or a released one, in eval mode on the CPU; averaged weights if it has any.
+
+    Returns:
+        generator, its CLIP, and a line that says what was loaded. The network's settings are the checkpoint's own;
+        only `clip.source` and `clip.weights`, which say where CLIP's file lies on this machine, are `config`'s.
+    """
+    content = checkpoint.read(path)
+    if released.is_released(content):
+        clip = build.clip_of(EasyDict({**config, "clip": {**config.clip, "preprocess": "released"}}))
+        generator, _, info = released.load_networks(content, clip)
+        if generator is None:
+            raise UserError(f"{path} holds no netG to sample from")
+        return generator, clip, f"{path}: released {info['system']}, epoch {info['epoch']}, nf {info['nf']}"
+    if content.get("format") != checkpoint.FORMAT:
+        raise UserError(
+            f"{path} is a checkpoint of another program: neither RATLIP's nor a released GALIP or RATLIP file"
+        )
+    own = EasyDict(configuration.unflatten(content["config"]))
+    own.clip.update(source=config.clip.source, weights=config.clip.weights)
+    clip = build.clip_of(own)
+    if clip.shape != content["clip"]:
+        raise UserError(
+            f"{path} was trained with a CLIP of {_describe(content['clip'])}; "
+            f"clip.weights {config.clip.weights} has {_describe(clip.shape)}"
+        )
+    generator = build.generator_of(own, clip)
+    generator.load_state_dict(content.get("ema") or content["generator"])
+    kind = "averaged weights" if content.get("ema") else "weights"
+    return generator.eval(), clip, f"{path}: {own.model.name}, epoch {content['epoch']}, {kind}"
+
+
+def _describe(shape: dict[str, int]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shape.items())

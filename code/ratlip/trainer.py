@@ -1,0 +1,263 @@
+"""Training: the step of generator and discriminator, and the loop around it."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from easydict import EasyDict
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Adam
+from torch.utils.data import DataLoader
+
+from ratlip import build, checkpoint, distributed, losses
+from ratlip import config as configuration
+from ratlip import device as devices
+from ratlip.augment import shift
+from ratlip.clip_towers import FrozenClip
+from ratlip.data import captions
+from ratlip.data.layouts import read_items
+from ratlip.data.loader import Batch, EpochBatches, TrainingImages, training_loader
+from ratlip.evaluation import Evaluator, scores_table
+from ratlip.models.discriminator import Discriminator
+from ratlip.models.generator import Generator
+from ratlip.monitor import Monitor, captioned_grid
+from ratlip.sampling import generate, seeded_noise
+
+GRID = (3, 6)  # rows, columns of the sample grids
+
+
+@dataclass
+class Training:
+    """Everything that a step changes, and what it reads."""
+
+    settings: EasyDict  # the config's train group
+    clip: FrozenClip
+    generator: Generator
+    discriminator: Discriminator
+    ema: Generator | None  # averaged generator
+    sentences: Tensor  # (R, E) embeddings of all training captions, on the device
+    precision: str
+    total_steps: int
+    optimizer_g: Adam = field(init=False)
+    optimizer_d: Adam = field(init=False)
+    step: int = 0
+    epoch: int = 0  # finished epochs
+
+    def __post_init__(self):
+        s, betas = self.settings, (self.settings.beta1, self.settings.beta2)
+        self.optimizer_g = Adam(self.generator.parameters(), s.lr_g, betas, fused=True)
+        self.optimizer_d = Adam(self.discriminator.parameters(), s.lr_d, betas, fused=True)
+
+
+def train_step(t: Training, batch: Batch) -> dict[str, Tensor]:
+    """One update of the discriminator, then one of the generator (GALIP, arXiv 2301.12959).
+
+    The images that the discriminator learns from are the ones the generator then learns from: they are drawn,
+    and seen by CLIP, once.
+
+    Returns:
+        loss terms, gradient norms and learning rates, by TensorBoard tag; not yet read from the device.
+    """
+    clip, generator, discriminator = t.clip, t.generator, t.discriminator
+    sentences = t.sentences[batch.rows].requires_grad_()  # (B, E); MA-GP differentiates with respect to them
+    noise, real_shift, fake_shift = randomness(t, len(batch.images))
+    set_learning_rates(t)
+
+    with devices.autocast(noise.device, t.precision):
+        # What CLIP sees. No graph goes through it for real images: MA-GP starts at its feature maps.
+        with torch.no_grad():
+            real_maps = clip.feature_maps(shift(batch.images, real_shift))  # (B, N, W, g, g)
+        real_maps.requires_grad_()
+        fake_maps, fake_embeddings = clip.image(shift(generator(noise, sentences.detach()), fake_shift))
+
+        # Discriminator
+        real_features = discriminator.features(real_maps)
+        real_logits = discriminator.logits(real_features, sentences)
+        mismatched_logits = discriminator.logits(real_features, t.sentences[batch.mismatched_rows])
+        d_real = losses.hinge_real(real_logits)
+        d_fake = losses.hinge_fake(discriminator(fake_maps.detach(), sentences.detach()))
+        d_mismatched = losses.hinge_fake(mismatched_logits)
+        penalty = losses.matching_aware_gradient_penalty(real_logits, (real_maps, sentences))
+    t.optimizer_d.zero_grad()
+    (d_real + (d_fake + d_mismatched) / 2 + penalty).backward()
+    d_norm = update(discriminator, t.optimizer_d, t.settings.clip_grad)
+
+    # Generator
+    discriminator.requires_grad_(False)
+    with devices.autocast(noise.device, t.precision):
+        g_adversarial = -discriminator(fake_maps, sentences.detach()).mean()
+        similarity = losses.clip_similarity(fake_embeddings, sentences.detach())
+    t.optimizer_g.zero_grad()
+    (g_adversarial - t.settings.sim_w * similarity).backward()
+    g_norm = update(generator, t.optimizer_g, t.settings.clip_grad)
+    discriminator.requires_grad_(True)
+
+    t.step += 1
+    if t.ema is not None:
+        update_ema(t.ema, generator, t.settings.ema, t.step)
+    return {
+        "loss_d/real": d_real.detach(),
+        "loss_d/fake": d_fake.detach(),
+        "loss_d/mismatched": d_mismatched.detach(),
+        "loss_d/ma_gp": penalty.detach(),
+        "loss_g/adversarial": g_adversarial.detach(),
+        "loss_g/clip_similarity": similarity.detach(),
+        "gradient_norm/d": d_norm,
+        "gradient_norm/g": g_norm,
+        "learning_rate/g": torch.tensor(t.optimizer_g.param_groups[0]["lr"]),
+        "learning_rate/d": torch.tensor(t.optimizer_d.param_groups[0]["lr"]),
+    }
+
+
+def randomness(t: Training, share: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise (B, Z) and shifts of real and generated images (B, 2) in [-1, 1] for this process's share of a step.
+
+    They depend on (seed, step) alone, so that resuming, the device and the number of processes do not change them.
+    """
+    rank, world_size = distributed.rank(), distributed.world_size()
+    rng = np.random.default_rng((t.settings.seed, t.step))
+    noise = rng.standard_normal((share * world_size, t.generator.noise_dim), dtype=np.float32)
+    shifts = rng.uniform(-1, 1, (2, share * world_size, 2)).astype(np.float32) * t.settings.augment_shift
+    place = t.sentences.device
+    return tuple(torch.from_numpy(a[rank::world_size]).to(place) for a in (noise, *shifts))
+
+
+def set_learning_rates(t: Training) -> None:
+    """Constant, then linearly to zero over the last `lr_decay` of the run."""
+    left = (t.total_steps - t.step) / t.total_steps
+    factor = min(1.0, left / t.settings.lr_decay) if t.settings.lr_decay else 1.0
+    for optimizer, rate in ((t.optimizer_g, t.settings.lr_g), (t.optimizer_d, t.settings.lr_d)):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor
+
+
+def update(network: torch.nn.Module, optimizer: Adam, clip_grad: float) -> Tensor:
+    """Average gradients over processes, clip them, step; gives the gradient norm before clipping."""
+    distributed.mean_gradients(network)
+    norm = clip_grad_norm_(network.parameters(), clip_grad or float("inf"))
+    optimizer.step()
+    return norm.detach()
+
+
+@torch.no_grad()
+def update_ema(ema: Generator, generator: Generator, decay: float, step: int) -> None:
+    """Move the averaged generator towards the present one, faster in the first steps."""
+    share = 1 - min(decay, (1 + step) / (10 + step))
+    averaged, present = ema.state_dict(), generator.state_dict()
+    for name, value in averaged.items():
+        if value.is_floating_point():  # BatchNorm's running statistics too
+            value.lerp_(present[name], share)
+        else:
+            value.copy_(present[name])
+
+
+def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evaluator]:
+    """Data, CLIP and networks of a configuration, on this process's device, before the first step."""
+    local_rank = distributed.start()
+    place = devices.choose(config.train.device, local_rank)
+    precision = devices.choose_precision(config.train.precision, place)
+    torch.manual_seed(config.train.seed)
+    clip = build.clip_of(config).to(place)
+
+    folder = Path(config.data.dir)
+    with distributed.first_process_first():
+        items, test_items = (read_items(config.data.layout, folder, split) for split in ("train", "test"))
+    table = captions.CaptionTable([item.captions for item in items])
+    rank, world_size = distributed.rank(), distributed.world_size()
+    batches = EpochBatches(table, config.train.batch_size, config.train.seed, rank, world_size)
+    images = TrainingImages(items, config.model.imsize, config.data.enlarge, config.data.flip, config.train.seed)
+    loader = training_loader(images, batches, config.data.num_workers, pin=place.type == "cuda")
+    with distributed.first_process_first():
+        sentences = captions.embed(table, clip, folder / "cache").to(place)
+        evaluator = Evaluator(config, clip, test_items, precision)
+
+    generator = build.generator_of(config, clip).to(place, memory_format=torch.channels_last)
+    discriminator = build.discriminator_of(config, clip).to(place, memory_format=torch.channels_last)
+    ema = None
+    if config.train.ema:
+        ema = build.generator_of(config, clip).to(place, memory_format=torch.channels_last).eval().requires_grad_(False)
+        ema.load_state_dict(generator.state_dict())
+    total_steps = len(batches) * config.train.max_epoch
+    training = Training(config.train, clip, generator, discriminator, ema, sentences, precision, total_steps)
+    return training, batches, loader, evaluator
+
+
+def train(config: EasyDict) -> None:
+    """Train as `config` says, from the start, and leave checkpoints, logs and grids behind."""
+    started = time.time()
+    t, batches, loader, evaluator = prepare(config)
+    run = distributed.same(time.strftime("%Y-%m-%d_%H-%M-%S"))
+    save_folder = Path(config.log.save_dir) / config.name / run
+    monitor = Monitor(Path(config.log.dir) / config.name / run, config, t.total_steps, len(batches))
+    if distributed.rank() == 0:
+        save_folder.mkdir(parents=True, exist_ok=True)
+        (save_folder / "config.yml").write_text(configuration.dump(config))
+    distributed.say(
+        f"{config.model.name} on {t.sentences.device} in {t.precision}: {len(loader.dataset)} training images, "
+        f"{len(batches)} steps an epoch, {config.train.max_epoch} epochs; logs in {monitor.folder}"
+    )
+
+    first = best = evaluator(t.ema or t.generator)
+    monitor.scores(first, t.epoch, t.step)
+    monitor.grid(sample_grid(t, evaluator), t.epoch, t.step)
+    while t.epoch < config.train.max_epoch:
+        # One pass over the images
+        batches.epoch = t.epoch
+        t.generator.train()
+        for batch in loader:
+            values = train_step(t, Batch(*(tensor.to(t.sentences.device, non_blocking=True) for tensor in batch)))
+            monitor.step(values, t.step)
+        t.epoch += 1
+        monitor.epoch(values, t.epoch)
+
+        # At the stated intervals, and after the last: samples, scores, a checkpoint
+        last = t.epoch == config.train.max_epoch
+        if last or t.epoch % config.log.gen_interval == 0:
+            monitor.grid(sample_grid(t, evaluator), t.epoch, t.step)
+        if last or t.epoch % config.log.save_interval == 0:
+            save(t, config, save_folder / f"state_epoch_{t.epoch:03}.pth")
+        if last or t.epoch % config.log.test_interval == 0:
+            scores = evaluator(t.ema or t.generator)
+            monitor.scores(scores, t.epoch, t.step)
+            if evaluator.better(scores, best):
+                best = scores
+                save(t, config, save_folder / "best.pth")
+    monitor.close()
+    distributed.say(f"\n{scores_table({'start': first, 'end': scores, 'best': best})}\n")
+    distributed.say(f"checkpoints  {save_folder}\nlogs, grids  {monitor.folder}")
+    distributed.say(f"minutes      {(time.time() - started) / 60:.1f}")
+    distributed.stop()
+
+
+def sample_grid(t: Training, evaluator: Evaluator):
+    """Captioned grid of the averaged generator's pictures for the first test images, the same noise each time."""
+    count = min(GRID[0] * GRID[1], len(evaluator.table.starts) - 1)
+    rows = evaluator.table.starts[:count]
+    generator = t.ema or t.generator
+    training = generator.training
+    noise = seeded_noise(0, range(count), generator.noise_dim).to(t.sentences.device)
+    images = generate(generator.eval(), noise, evaluator.sentences[rows], t.precision)
+    generator.train(training)
+    return captioned_grid(images, [evaluator.table.texts[row] for row in rows], GRID[1])
+
+
+def save(t: Training, config: EasyDict, path: Path) -> None:
+    """Write a checkpoint, on the first process."""
+    if distributed.rank() > 0:
+        return
+    content = {
+        "format": checkpoint.FORMAT,
+        "config": configuration.flatten({key: value for key, value in config.items() if key != "name"}),
+        "clip": t.clip.shape,
+        "epoch": t.epoch,
+        "step": t.step,
+        "generator": t.generator.state_dict(),
+        "discriminator": t.discriminator.state_dict(),
+        "ema": t.ema.state_dict() if t.ema is not None else None,
+        "optimizer_g": t.optimizer_g.state_dict(),
+        "optimizer_d": t.optimizer_d.state_dict(),
+    }
+    checkpoint.save(content, path)

@@ -1,0 +1,22 @@
+"""Entry point of scripts/train.sh: read the configuration, train."""
+
+import argparse
+
+from ratlip import config, errors
+from ratlip.trainer import train
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="bash scripts/train.sh",
+        description="Train a generator. Leaves checkpoints in saved_models/ and logs for TensorBoard in logs/.",
+        epilog="example: bash scripts/train.sh cfg/demo.yml train.max_epoch=2 train.seed=1",
+    )
+    parser.add_argument("config", help="a YAML file such as cfg/demo.yml; cfg/default.yml explains every key")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings stronger than the file's")
+    words = parser.parse_args()
+    train(config.load(words.config, words.overrides))
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Captions to pictures: bash scripts/sample.sh cfg/demo.yml "a small red star in the centre on a white background"
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/env.sh
+exec python code/sample.py "$@"
