@@ -35,8 +35,8 @@ def build() -> CLIP:
     nn.init.orthogonal_(model.visual.conv1.weight.data.view(WIDTH, -1), gain=0.7)
     position = model.visual.positional_embedding.data
     position += 2 * torch.randn(WIDTH)
-    # Shapes span patches, so that attention must know rows and columns from the start; codes of few dimensions
-    # leave the others to the pixels.
+    # Shapes span patches, so attention must know rows and columns from the start (without this it is slow
+    # to learn shapes); codes of few dimensions leave the others to the pixels.
     side = SIDE // PATCH
     rows, columns = 0.5 * torch.randn(side, 1, WIDTH), 0.5 * torch.randn(1, side, WIDTH)
     position[1:] += (rows + columns).flatten(0, 1)
@@ -224,7 +224,7 @@ def main() -> None:
     defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=defaults)
     parser.add_argument("--out", type=Path, default=ROOT / "assets/demo/clip.pt", help="file to write")
-    parser.add_argument("--steps", type=int, default=900, help=f"training steps of {BATCH} pictures")
+    parser.add_argument("--steps", type=int, default=800, help=f"training steps of {BATCH} pictures")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     args = parser.parse_args()
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def save(content: Any, path: Path) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise UserError(f"could not write {path} ({error}); earlier files are untouched") from None
 
 
@@ -43,7 +45,7 @@ def read(path: str | Path) -> dict:
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
         raise UserError(
-            f"{path} is not a checkpoint of tensors and plain values; refused unread. {reason}".strip()
+            f"{path} holds more than tensors and plain values; refused unread. {reason}".strip()
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is no checkpoint, or is cut short ({str(error).splitlines()[0][:160]})") from None

@@ -1,0 +1,59 @@
+"""Fixtures: the released systems' numbers, CLIPs, and a data set of a few pictures."""
+
+from pathlib import Path
+
+import clip.model
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, released_weights, small_clip_model
+from PIL import Image
+
+from ratlip.clip_towers import FrozenClip, load_clip
+from ratlip.data import demo
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> dict[str, np.ndarray]:
+    """What the released systems answer."""
+    return dict(np.load(ROOT / "tests" / "data" / "fixtures.npz"))
+
+
+@pytest.fixture(scope="session")
+def vitb32() -> FrozenClip:
+    """ViT-B/32 with the fixtures' weights, read with the released preprocessing."""
+    weights = released_weights("clip.vitb32")
+    model = clip.model.build_model(dict(weights)).float()
+    model.load_state_dict(weights)  # again: build_model rounds to half precision
+    return FrozenClip(model, preprocess="released")
+
+
+@pytest.fixture(scope="session")
+def clip_file(tmp_path_factory) -> Path:
+    """A small CLIP's state dict, as clip.load opens it."""
+    path = tmp_path_factory.mktemp("clip") / "small.pt"
+    torch.save(small_clip_model().state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_clip(clip_file) -> FrozenClip:
+    """The small CLIP, loaded."""
+    return load_clip(str(clip_file))
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory) -> Path:
+    """A folder data set of 12 training and 6 test pictures of the demo."""
+    folder = tmp_path_factory.mktemp("data") / "few"
+    rng = np.random.default_rng(0)
+    for split, combinations in zip(("train", "test"), demo.splits(), strict=True):
+        keys = []
+        for number, attributes in enumerate(combinations[: {"train": 12, "test": 6}[split]]):
+            keys.append(f"{split}/{number}")
+            for kind in ("images", "text"):
+                (folder / kind / split).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(demo.render([attributes], rng)[0]).save(folder / "images" / f"{keys[-1]}.png")
+            (folder / "text" / f"{keys[-1]}.txt").write_text("\n".join(demo.captions(attributes, rng, 3)))
+        (folder / f"{split}.txt").write_text("\n".join(keys))
+    return folder

@@ -1,0 +1,128 @@
+"""The caption table: mismatched captions that never fit the image, and the cache of sentence embeddings."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import relative_error, small_clip_model
+
+from ratlip import checkpoint
+from ratlip.clip_towers import FrozenClip
+from ratlip.data.captions import EMBED_BATCH, CaptionTable, embed
+from ratlip.errors import UserError
+
+BIRDS = [["a red bird", "a bird"], ["a green bird"], ["a bird", "a blue bird", "a bird in a tree"]]
+
+
+def random_table(rng: np.random.Generator, images: int, words: int) -> CaptionTable:
+    """Images of 1 to 3 captions out of few, so that many are shared."""
+    return CaptionTable([[f"caption {rng.integers(words)}" for _ in range(rng.integers(1, 4))] for _ in range(images)])
+
+
+def assert_mismatched(table: CaptionTable, images: np.ndarray, rows: np.ndarray) -> None:
+    found = table.mismatched(images, rows)
+    assert found.shape == rows.shape
+    for image, row in zip(images, found, strict=True):
+        assert table.texts[row] not in table.own(image)
+
+
+def test_rows_and_images():
+    table = CaptionTable(BIRDS)
+    assert [table.own(image) for image in range(3)] == BIRDS
+    drawn = np.array([table.draw(np.array([2, 0, 1]), np.random.default_rng(seed)) for seed in range(60)])
+    assert [set(column) for column in drawn.T] == [{3, 4, 5}, {0, 1}, {2}]
+
+
+def test_mismatched_is_the_next_of_the_batch_where_that_fits():
+    table = CaptionTable([[f"{image} {i}" for i in range(3)] for image in range(20)])
+    images = np.array([4, 9, 17, 0, 3])
+    rows = table.draw(images, np.random.default_rng(0))
+    assert np.array_equal(table.mismatched(images, rows), np.roll(rows, -1))
+
+
+def test_mismatched_skips_captions_that_are_also_this_images():
+    table = CaptionTable(BIRDS)
+    # Image 0 draws "a red bird", 2 draws "a bird", which is 0's too, and 1 "a green bird".
+    assert table.mismatched(np.array([0, 2, 1]), np.array([0, 3, 2])).tolist() == [2, 2, 0]
+
+
+@pytest.mark.parametrize("batch", [2, 3, 8])
+def test_mismatched_never_fits(batch):
+    rng = np.random.default_rng(batch)
+    for _ in range(150):
+        table = random_table(rng, images=12, words=8)
+        images = rng.permutation(12)[:batch]
+        assert_mismatched(table, images, table.draw(images, rng))
+
+
+def test_batches_of_images_with_identical_captions():
+    table = CaptionTable([["a bird", "one bird"], ["a bird", "one bird"], ["one bird", "a bird"], ["a flower"]])
+    for images in ([0, 1], [2, 0], [0, 1, 2]):
+        rows = np.array([table.starts[image] for image in images])
+        assert_mismatched(table, np.array(images), rows)
+        assert set(table.mismatched(np.array(images), rows)) == {6}  # none in the batch: the flower
+
+
+def test_no_mismatch_exists():
+    table = CaptionTable([["a bird"], ["a bird", "a bird"], ["a bird"]])
+    with pytest.raises(UserError, match="image number 1"):
+        table.mismatched(np.array([1, 2]), np.array([1, 3]))
+    table = CaptionTable([["a bird", "a flower"], ["a bird"], ["a flower"]])
+    with pytest.raises(UserError, match="image number 0"):
+        table.mismatched(np.array([2, 0]), np.array([3, 0]))
+
+
+def test_mismatched_does_not_walk_through_a_large_table():
+    """A batch of 64 out of 200,000 captions takes about a millisecond; a look at all of them for each takes seconds."""
+    table = CaptionTable([[f"{image} {i}" for i in range(5)] for image in range(40_000)])
+    images = np.random.default_rng(0).permutation(40_000)[:64]
+    rows = table.draw(images, np.random.default_rng(0))
+    started = time.process_time()
+    table.mismatched(images, rows)
+    assert time.process_time() - started < 0.25
+
+
+@torch.no_grad()
+def test_embeddings_are_clips_own_in_the_order_of_the_rows(small_clip):
+    texts = [f"{i % 300} birds" for i in range(310)]  # 10 of them twice, and more than are encoded at a time
+    assert 300 > EMBED_BATCH
+    sentences = embed(CaptionTable([texts[:7], texts[7:]]), small_clip)
+    assert sentences.shape == (310, small_clip.embedding_dim) and sentences.dtype == torch.float32
+    assert torch.equal(sentences[:10], sentences[300:])
+    some = [0, 3, 9, 10, 99, 255, 256, 299, 305]
+    expected = small_clip.clip.encode_text(small_clip.tokenize([texts[row] for row in some]))
+    assert relative_error(sentences[some], expected) < 1e-5
+
+
+def test_cache_is_read_and_left_alone(small_clip, tmp_path):
+    table = CaptionTable(BIRDS)
+    plain = embed(table, small_clip)
+    assert list(tmp_path.iterdir()) == []
+    first = embed(table, small_clip, tmp_path / "cache")
+    (path,) = (tmp_path / "cache").iterdir()
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    assert torch.equal(first, plain)
+    assert torch.equal(embed(table, small_clip, tmp_path / "cache"), plain)
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+    checkpoint.save({"sentences": plain + 1}, path)  # what stands there is what is used
+    assert torch.equal(embed(table, small_clip, tmp_path / "cache"), plain + 1)
+
+
+def test_other_captions_and_other_clips_never_share_a_file(small_clip, tmp_path):
+    def new_file(table: CaptionTable, clip: FrozenClip) -> torch.Tensor:
+        before = set(tmp_path.iterdir())
+        sentences = embed(table, clip, tmp_path)
+        assert len(set(tmp_path.iterdir()) - before) == 1
+        return sentences
+
+    table = CaptionTable(BIRDS)
+    first = new_file(table, small_clip)
+    new_file(CaptionTable([["a red bird", "a bird"]]), small_clip)
+    reordered = new_file(CaptionTable(BIRDS[::-1]), small_clip)
+    assert torch.equal(reordered[[4, 5, 3, 0, 1, 2]], first)
+    model = small_clip_model()
+    with torch.no_grad():
+        model.transformer.resblocks[1].mlp.c_fc.bias[0] += 1  # one number of the text tower
+    assert not torch.equal(new_file(table, FrozenClip(model)), first)
+    assert torch.equal(embed(table, small_clip, tmp_path), first)

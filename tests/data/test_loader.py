@@ -1,0 +1,201 @@
+"""Batches: each image once an epoch, the same for any number of processes and workers; crops and mirrors."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ratlip.data import loader
+from ratlip.data.captions import CaptionTable
+from ratlip.data.layouts import Item
+from ratlip.data.loader import Draw, EpochBatches, TrainingImages, training_loader
+from ratlip.errors import UserError
+
+
+def table(images: int) -> CaptionTable:
+    return CaptionTable([[f"picture {i}, caption {j}" for j in range(1 + i % 3)] for i in range(images)])
+
+
+def epoch(batches: EpochBatches, number: int) -> list[list[Draw]]:
+    batches.epoch = number
+    return list(batches)
+
+
+def saved(folder: Path, number: int, size: tuple[int, int]) -> tuple[Item, np.ndarray]:
+    """A picture of random pixels (width, height), and its levels."""
+    levels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    path = folder / f"{number}.png"
+    Image.fromarray(levels).save(path)
+    return Item(str(number), path, [f"picture {number}"]), levels
+
+
+def levels_of(tensor: torch.Tensor) -> np.ndarray:
+    """(3, H, W) in [-1, 1] -> (H, W, 3) levels of 255."""
+    assert tensor.dtype == torch.float32 and tensor.min() >= -1 and tensor.max() <= 1
+    levels = (tensor.permute(1, 2, 0).double().numpy() + 1) * 127.5
+    np.testing.assert_allclose(levels, levels.round(), atol=1e-3)
+    return levels.round().astype(np.uint8)
+
+
+def windows(levels: np.ndarray, side: int) -> dict[bytes, tuple[int, int]]:
+    """All squares of a picture, with their left and top."""
+    height, width, _ = levels.shape
+    return {
+        levels[top : top + side, left : left + side].tobytes(): (left, top)
+        for top in range(height - side + 1)
+        for left in range(width - side + 1)
+    }
+
+
+@pytest.mark.parametrize(("images", "size", "count"), [(23, 5, 4), (20, 5, 4), (7, 7, 1), (5, 2, 2)])
+def test_an_epoch(images, size, count):
+    captions = table(images)
+    batches = EpochBatches(captions, size, seed=1)
+    for number in (0, 3):
+        drawn = epoch(batches, number)
+        assert len(drawn) == len(batches) == count and {len(batch) for batch in drawn} == {size}
+        flat = [draw for batch in drawn for draw in batch]
+        assert len({draw.image for draw in flat}) == len(flat)  # no image twice
+        for draw in flat:
+            assert draw.epoch == number
+            assert captions.starts[draw.image] <= draw.row < captions.starts[draw.image + 1]
+            assert captions.texts[draw.mismatched_row] not in captions.own(draw.image)
+
+
+def test_order_and_captions_belong_to_seed_and_epoch():
+    captions = table(60)
+    first = epoch(EpochBatches(captions, 6, seed=1), 0)
+    assert epoch(EpochBatches(captions, 6, seed=1), 0) == first
+    batches = EpochBatches(captions, 6, seed=1)
+    assert list(batches) == list(batches) == first
+    orders = [[draw.image for batch in first for draw in batch]]
+    for seed, number in ((1, 1), (2, 0), (1, 2)):
+        orders.append([draw.image for batch in epoch(EpochBatches(captions, 6, seed), number) for draw in batch])
+    assert len({tuple(order) for order in orders}) == 4
+    # An image's caption changes from one epoch to another.
+    rows = [{d.image: d.row for batch in epoch(batches, number) for d in batch} for number in range(8)]
+    assert {row[2] for row in rows} == {3, 4, 5}
+
+
+def test_images_that_an_epoch_leaves_out_have_their_turn():
+    batches = EpochBatches(table(7), 4, seed=0)
+    seen = [{draw.image for batch in epoch(batches, number) for draw in batch} for number in range(8)]
+    assert set().union(*seen) == set(range(7)) and all(len(own) == 4 for own in seen)
+
+
+def test_processes_share_the_same_global_batches():
+    captions = table(37)
+    for number in (0, 1):
+        alone = epoch(EpochBatches(captions, 8, seed=3), number)
+        for world_size in (2, 4, 8):
+            ranks = [epoch(EpochBatches(captions, 8, 3, rank, world_size), number) for rank in range(world_size)]
+            for i, batch in enumerate(alone):
+                shares = [set(drawn[i]) for drawn in ranks]
+                assert [len(share) for share in shares] == [8 // world_size] * world_size
+                assert set().union(*shares) == set(batch)
+
+
+def test_impossible_batches_are_refused():
+    with pytest.raises(UserError, match="train.batch_size: 8 is larger than the 7"):
+        EpochBatches(table(7), 8, seed=0)
+    with pytest.raises(UserError, match="train.batch_size: 6 .* 4 processes"):
+        EpochBatches(table(7), 6, seed=0, rank=0, world_size=4)
+
+
+def test_workers_change_nothing(tmp_path):
+    items = [saved(tmp_path, number, (20 + number, 26))[0] for number in range(9)]
+    captions = table(9)
+
+    def passes(num_workers: int) -> list[loader.Batch]:
+        batches = EpochBatches(captions, 4, seed=5)
+        loading = training_loader(TrainingImages(items, 16, 1.2, True, seed=5), batches, num_workers, pin=False)
+        collected = []
+        for number in range(2):
+            batches.epoch = number
+            collected += list(loading)
+        return collected
+
+    alone, by_workers = passes(0), passes(2)
+    assert len(alone) == len(by_workers) == 4
+    for one, other in zip(alone, by_workers, strict=True):
+        assert one.images.shape == (4, 3, 16, 16) and one.images.min() >= -1 and one.images.max() <= 1
+        assert one.rows.dtype == one.mismatched_rows.dtype == torch.int64
+        for found, expected in zip(one, other, strict=True):
+            assert torch.equal(found, expected)
+    # The rows are those of the draws, and the epochs are not the same.
+    drawn = [draw for number in range(2) for batch in epoch(EpochBatches(captions, 4, seed=5), number) for draw in batch]
+    assert torch.cat([batch.rows for batch in alone]).tolist() == [draw.row for draw in drawn]
+    assert torch.cat([batch.mismatched_rows for batch in alone]).tolist() == [draw.mismatched_row for draw in drawn]
+    assert not torch.equal(alone[0].images, alone[2].images)
+
+
+def test_without_augmentation_pictures_are_as_they_are(tmp_path):
+    item, levels = saved(tmp_path, 0, (16, 16))
+    images = TrainingImages([item], 16, 1.0, False, seed=0)
+    for number in range(10):
+        tensor, row, mismatched = images[Draw(number, 0, 4, 7)]
+        assert np.array_equal(levels_of(tensor), levels) and (row, mismatched) == (4, 7)
+
+
+def test_half_of_the_pictures_are_mirrored(tmp_path):
+    item, levels = saved(tmp_path, 0, (16, 16))
+    images = TrainingImages([item], 16, 1.0, True, seed=0)
+    mirrored = []
+    for number in range(200):
+        found = levels_of(images[Draw(number, 0, 0, 0)][0])
+        mirrored.append(np.array_equal(found, levels[:, ::-1]))
+        assert mirrored[-1] or np.array_equal(found, levels)
+    assert 70 <= sum(mirrored) <= 130
+
+
+def test_crops_are_windows_that_reach_every_border(tmp_path):
+    """Shorter side 20 = 16 * 1.25: nothing is resized, and the crop is any of 5 x 15 windows."""
+    item, levels = saved(tmp_path, 0, (30, 20))
+    places = windows(levels, 16)
+    images = TrainingImages([item], 16, 1.25, False, seed=0)
+    seen = {places[levels_of(images[Draw(number, 0, 0, 0)][0]).tobytes()] for number in range(600)}
+    assert {left for left, _ in seen} == set(range(15)) and {top for _, top in seen} == set(range(5))
+
+
+def test_a_crop_belongs_to_seed_epoch_and_image(tmp_path):
+    first, levels = saved(tmp_path, 0, (30, 40))
+    second = Item("1", first.image, ["the same picture again"])
+    images = TrainingImages([first, second], 16, 1.5, True, seed=0)
+    tensor = images[Draw(3, 0, 0, 0)][0]
+    assert torch.equal(images[Draw(3, 0, 5, 6)][0], tensor)  # the captions play no part
+    for other in (images[Draw(4, 0, 0, 0)], images[Draw(3, 1, 0, 0)]):
+        assert not torch.equal(other[0], tensor)
+    assert not torch.equal(TrainingImages([first], 16, 1.5, True, seed=1)[Draw(3, 0, 0, 0)][0], tensor)
+
+
+@pytest.mark.parametrize(("size", "reduced"), [((60, 40), (30, 20)), ((40, 80), (20, 40)), ((10, 13), (20, 26))])
+def test_the_shorter_side_is_resized_before_the_crop(size, reduced, tmp_path):
+    item, levels = saved(tmp_path, 0, size)
+    resized = np.array(Image.fromarray(levels).resize(reduced, Image.Resampling.BILINEAR))
+    found = levels_of(TrainingImages([item], 16, 1.25, False, seed=0)[Draw(0, 0, 0, 0)][0])
+    assert found.tobytes() in windows(resized, 16)
+
+
+@pytest.mark.parametrize(
+    ("size", "reduced", "corner"),
+    [
+        ((16, 16), (16, 16), (0, 0)),
+        ((24, 16), (24, 16), (4, 0)),
+        ((16, 22), (16, 22), (0, 3)),
+        ((48, 32), (24, 16), (4, 0)),
+        ((8, 10), (16, 20), (0, 2)),
+    ],
+)
+def test_evaluation_cuts_the_centre(size, reduced, corner, tmp_path):
+    item, levels = saved(tmp_path, 0, size)
+    image, number = loader.TestImages([item, item], 16)[1]
+    resized = np.array(Image.fromarray(levels).resize(reduced, Image.Resampling.BILINEAR))
+    left, top = corner
+    assert number == 1 and np.array_equal(levels_of(image), resized[top : top + 16, left : left + 16])
+
+
+def test_lengths(tmp_path):
+    items = [saved(tmp_path, number, (16, 16))[0] for number in range(3)]
+    assert len(loader.TestImages(items, 16)) == len(TrainingImages(items, 16, 1.0, False, 0)) == 3

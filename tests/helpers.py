@@ -1,0 +1,71 @@
+"""What the tests share: released weights and inputs, a small CLIP, and runs of the real entry points."""
+
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import clip.model
+import numpy as np
+import torch
+from data import fill
+
+ROOT = Path(__file__).resolve().parents[1]
+SALT = "developers"
+# A thousandth of the demo: one evaluation at each end, a few steps between.
+TINY_RUN = (
+    "train.max_epoch=1",
+    "train.batch_size=4",
+    "train.precision=fp32",
+    "eval.samples=6",
+    "model.nf=16",
+    "model.d_channels=16",
+    "data.num_workers=0",
+)
+
+
+def released_weights(name: str) -> dict[str, torch.Tensor]:
+    """State dict of one network of tests/data/*.shapes.json."""
+    return {key: torch.as_tensor(value) for key, value in fill.state_dict(name, SALT).items()}
+
+
+def fixture_input(name: str, *shape: int) -> torch.Tensor:
+    """An input of the fixtures, drawn as tests/data/fill.py's text says."""
+    random = np.random.RandomState(zlib.crc32(f"{SALT}:input.{name}".encode()))
+    return torch.from_numpy(random.standard_normal(shape).astype(np.float32))
+
+
+def small_clip_model(resolution: int = 64, patch: int = 16, width: int = 64, layers: int = 4) -> clip.model.CLIP:
+    """A CLIP with random weights, small enough for any test."""
+    torch.manual_seed(7)
+    return clip.model.CLIP(64, resolution, layers, width, patch, 16, 49408, 64, 1, 2)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor | np.ndarray) -> float:
+    """Largest difference over the largest expected magnitude."""
+    found, expected = found.detach(), torch.as_tensor(expected).detach().double()
+    return float((found.double() - expected).abs().max() / expected.abs().max())
+
+
+def run(*words: object, environment: dict[str, str] | None = None, **options) -> subprocess.CompletedProcess:
+    """Run an entry point as its script would: run("train.py", "cfg/demo.yml", ...). Never raises on failure."""
+    script, *arguments = map(str, words)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "code" / script), *arguments],
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **options,
+    )
+
+
+def assert_refused(result: subprocess.CompletedProcess, *parts: str) -> None:
+    """One line on stderr that holds every part, exit code 2, no traceback."""
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for part in parts:
+        assert part in lines[0], (part, lines[0])

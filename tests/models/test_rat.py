@@ -1,0 +1,53 @@
+"""The recurrent affine layers against the LSTM's equations in float64."""
+
+import pytest
+import torch
+from helpers import relative_error
+
+from ratlip.models.rat import Conditioner
+
+NOISE, SENTENCE, HIDDEN = 5, 7, 6
+
+
+def conditioner(state: str, recurrent: list[bool]) -> Conditioner:
+    torch.manual_seed(0)
+    made = Conditioner([4, 8, 4], recurrent, NOISE, SENTENCE, state, HIDDEN).double()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(std=0.5)
+    return made
+
+
+def lstm_step(lstm, x, h, c):
+    gates = x @ lstm.weight_ih_l0.T + lstm.bias_ih_l0 + h @ lstm.weight_hh_l0.T + lstm.bias_hh_l0
+    i, f, g, o = gates.chunk(4, dim=1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+@pytest.mark.parametrize("state", ["shared", "independent"])
+def test_unroll(state):
+    recurrent = [True, False, True]
+    made = conditioner(state, recurrent)
+    noise, sentence = torch.randn(3, NOISE).double(), torch.randn(3, SENTENCE).double()
+    condition = torch.cat([noise, sentence], dim=1)
+    if state == "shared":
+        h, c = made.start(noise).chunk(2, dim=1)
+        hidden = []
+        for _ in range(2):
+            h, c = lstm_step(made.lstms[0], condition, h, c)
+            hidden.append(h)
+    else:
+        zero = torch.zeros(3, HIDDEN).double()
+        hidden = [lstm_step(lstm, condition, zero, zero)[0] for lstm in made.lstms]
+    expected = [hidden[0], condition, hidden[1]]
+    for (gamma, beta), affine, h in zip(made(noise, sentence), made.affines, expected, strict=True):
+        assert relative_error(gamma[:, :, 0, 0], affine.gamma(h)) < 1e-12
+        assert relative_error(beta[:, :, 0, 0], affine.beta(h)) < 1e-12
+
+
+@pytest.mark.parametrize("recurrent", [[True] * 3, [False] * 3])
+def test_starts_as_identity(recurrent):
+    made = Conditioner([4, 8, 4], recurrent, NOISE, SENTENCE)
+    for gamma, beta in made(torch.randn(2, NOISE), torch.randn(2, SENTENCE)):
+        assert torch.equal(gamma, torch.ones_like(gamma)) and torch.equal(beta, torch.zeros_like(beta))

@@ -1,0 +1,83 @@
+"""Sampling through the real entry point: pictures, seeds, and mistakes."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_refused, released_weights, run
+from PIL import Image
+
+from ratlip.sampling import seeded_noise
+
+CAPTION = "a small blue heart at the top left on a yellow background"
+UNTRAINED = "log.save_dir=nothing_trained_here"
+
+
+def test_noise_belongs_to_the_sample():
+    noise = seeded_noise(3, [0, 5, 2], 100)
+    assert torch.equal(noise[1], seeded_noise(3, [5], 100)[0])
+    assert not torch.equal(noise[0], noise[1])
+    assert not torch.equal(noise[1], seeded_noise(4, [5], 100)[0])
+    assert seeded_noise(0, range(500), 100).std() == pytest.approx(1, abs=0.02)
+
+
+def test_shipped_checkpoint_draws_the_caption(tmp_path):
+    result = run("sample.py", "cfg/demo.yml", CAPTION, UNTRAINED, "--n", 4, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "assets/demo/generator.pth" in result.stdout
+    pictures = sorted(tmp_path.glob("01_*_seed0_*.png"))
+    assert len(pictures) == 4
+    for path in pictures:
+        pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+        assert pixels.shape == (64, 64, 3)
+        red, green, blue = pixels[-8:].reshape(-1, 3).mean(0)  # the bottom is background: yellow
+        assert red > 200 and green > 180 and blue < 140
+        red, green, blue = pixels[12:18, 12:20].reshape(-1, 3).mean(0)  # inside the heart: blue
+        assert blue > 150 and red < 120
+    again = run("sample.py", "cfg/demo.yml", "a large red ring at the top on a white background", CAPTION, UNTRAINED,
+                "--n", 2, "--out", tmp_path / "again")  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    for k in range(2):  # the same seed, another place among the captions
+        one, two = (next(folder.glob(f"0{n}_a-small*_{k}.png")) for folder, n in ((tmp_path, 1), (tmp_path / "again", 2)))
+        assert np.abs(np.asarray(Image.open(one)).astype(int) - np.asarray(Image.open(two))).max() <= 1
+    grid = Image.open(tmp_path / "again" / "grid.png")
+    assert grid.width > 2 * 128 and grid.height > 2 * 128
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([""], ["caption 1 is empty"]),
+        ([CAPTION, "   "], ["caption 2 is empty"]),
+        (["train.seed=1"], ["no caption"]),
+        ([CAPTION, "--checkpoint", "nowhere.pth"], ["no checkpoint nowhere.pth"]),
+        ([CAPTION, "--checkpoint", "README.md"], ["README.md"]),
+        ([CAPTION, "--n", "0"], ["--n"]),
+        ([CAPTION, "--device", "cuda"], ["no GPU"]),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, parts, tmp_path):
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    result = run("sample.py", "cfg/demo.yml", UNTRAINED, *arguments, "--out", tmp_path / "out", environment=hidden)
+    assert_refused(result, *parts)
+
+
+def test_nothing_trained_says_what_to_run():
+    assert_refused(run("sample.py", "cfg/bird.yml", "a bird", UNTRAINED), "bash scripts/train.sh cfg/bird.yml")
+
+
+def test_released_checkpoint_with_another_clip(tmp_path):
+    path = tmp_path / "galip.pth"
+    torch.save({"model": {"netG": released_weights("galip.netG")}, "epoch": 3}, path)
+    result = run("sample.py", "cfg/demo.yml", CAPTION, "--checkpoint", path)
+    assert_refused(result, "CLIP of width 768 and embedding 512", "192 and 128")
+
+
+def test_released_checkpoint_samples_from_the_command_line(vitb32, tmp_path):
+    torch.save({"model": {"netG": released_weights("ratlip.netG")}, "epoch": 3}, tmp_path / "ratlip.pth")
+    torch.save({key: value.half() for key, value in vitb32.clip.state_dict().items()}, tmp_path / "vit.pt")
+    result = run("sample.py", "cfg/bird.yml", "a grey bird", f"clip.weights={tmp_path}/vit.pt", "--n", 1,
+                 "--checkpoint", tmp_path / "ratlip.pth", "--out", tmp_path / "out")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "released RATLIP, epoch 3, nf 64" in result.stdout
+    (picture,) = (tmp_path / "out").glob("01_a-grey-bird_*.png")
+    assert Image.open(picture).size == (224, 224)

@@ -1,0 +1,191 @@
+"""The training step and the training script, on small networks and a few pictures."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY_RUN, assert_refused, run
+from PIL import Image
+
+from ratlip import checkpoint, config
+from ratlip.trainer import Training, prepare, train_step
+
+
+def words(folder, clip_file, *more):
+    """Overrides for a run on a few pictures that leaves its files below `folder`."""
+    places = (f"log.dir={folder}/logs", f"log.save_dir={folder}/saved", f"clip.weights={clip_file}")
+    return [*TINY_RUN, *places, *more]
+
+
+@pytest.fixture
+def make(demo_folder, clip_file, tmp_path):
+    """make(*overrides) -> (Training, batches, loader), ready for the first step."""
+
+    def make(*more):
+        few = ("data.layout=folder", f"data.dir={demo_folder}", "model.imsize=32", "eval.metrics=[clip_score]")
+        resolved = config.load("cfg/demo.yml", words(tmp_path, clip_file, *few, "train.device=cpu", *more))
+        training, batches, loader, _ = prepare(resolved)
+        training.generator.train()
+        return training, batches, loader
+
+    return make
+
+
+def steps(made, count: int) -> dict[str, torch.Tensor]:
+    """Train and give every weight."""
+    training, batches, loader = made
+    while training.step < count:
+        batches.epoch = training.step // len(batches)
+        for batch in loader:
+            if training.step < count:
+                train_step(training, batch)
+    networks = {"g": training.generator, "d": training.discriminator, "ema": training.ema}
+    return {f"{n}.{key}": value.clone() for n, net in networks.items() for key, value in net.state_dict().items()}
+
+
+def test_the_seed_decides_every_bit(make):
+    first, again, other = (steps(make(f"train.seed={seed}"), 3) for seed in (1, 1, 2))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not all(torch.equal(first[key], other[key]) for key in first)
+
+
+@pytest.mark.parametrize("more", [(), ("model.name=galip", "train.augment_shift=0.1", "train.ema=0.5")])
+def test_everything_that_should_learn_changes_and_clip_does_not(make, more):
+    made = make(*more)
+    clip_before = copy.deepcopy(made[0].clip.state_dict())
+    before = steps(made, 0)
+    after = steps(made, 3)
+    for prefix in ("g.", "d.", "ema."):
+        assert any(not torch.equal(before[key], after[key]) for key in before if key.startswith(prefix)), prefix
+    assert all(torch.equal(value, clip_before[key]) for key, value in made[0].clip.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in made[0].clip.parameters())
+    assert all(p.requires_grad for p in made[0].discriminator.parameters())
+
+
+class Recorder(torch.optim.Adam):
+    """Notes which parameters have a gradient at each of its steps, and both networks' weights around it."""
+
+    def watch(self, own: torch.nn.Module, other: torch.nn.Module) -> "Recorder":
+        self.own, self.other, self.seen = own, other, []
+        return self
+
+    def step(self):
+        other = [p.clone() for p in self.other.parameters()]
+        own = [p.clone() for p in self.own.parameters()]
+        super().step()
+        left_alone = all(torch.equal(a, b) for a, b in zip(other, self.other.parameters(), strict=True))
+        moved = any(not torch.equal(a, b) for a, b in zip(own, self.own.parameters(), strict=True))
+        self.seen.append((left_alone, moved))
+
+
+def test_each_update_leaves_the_other_network_alone(make):
+    training, batches, loader = make()
+    g, d = training.generator, training.discriminator
+    training.optimizer_g = Recorder(g.parameters(), 1e-3).watch(g, d)
+    training.optimizer_d = Recorder(d.parameters(), 1e-3).watch(d, g)
+    for batch in loader:
+        before = {key: value.clone() for key, value in g.named_parameters()}
+        train_step(training, batch)
+    assert training.optimizer_d.seen == training.optimizer_g.seen == [(True, True)] * len(batches)
+    assert any(not torch.equal(value, before[key]) for key, value in g.named_parameters())
+
+
+def test_step_equals_the_losses_written_out(make):
+    """One step against DESIGN's formulas, with every pass made anew and plain Adam."""
+    training, _, loader = make("train.ema=0")
+    batch = next(iter(loader))
+    clip, s = training.clip, training.settings
+    sentence, wrong = training.sentences[batch.rows], training.sentences[batch.mismatched_rows]
+    g, d = (build_copy(network, clip) for network in (training.generator, training.discriminator))
+    rng = np.random.default_rng((s.seed, 0))
+    noise = torch.from_numpy(rng.standard_normal((s.batch_size, g.noise_dim), dtype=np.float32))
+
+    real = clip.image(batch.images)[0].requires_grad_()
+    leaf = sentence.clone().requires_grad_()
+    logits = d(real, leaf)
+    gradients = torch.autograd.grad(logits.sum(), (real, leaf), create_graph=True)
+    norm = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).norm(dim=1)
+    fake = clip.image(g(noise, sentence))[0]
+    loss_d = (1 - logits).relu().mean() + 0.5 * (1 + d(fake.detach(), sentence)).relu().mean()
+    loss_d = loss_d + 0.5 * (1 + d(real, wrong)).relu().mean() + 2 * (norm**6).mean()
+    expected_d = dict(zip(names(d), torch.autograd.grad(loss_d, list(d.parameters())), strict=True))
+
+    values = train_step(training, batch)
+    found_d = {name: p.grad for name, p in training.discriminator.named_parameters()}
+    for name, expected in expected_d.items():
+        assert torch.allclose(found_d[name], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()) + 1e-9), name
+
+    # The generator then faces the updated discriminator.
+    maps, embedding = clip.image(g(noise, sentence))
+    similarity = torch.nn.functional.cosine_similarity(embedding, sentence).mean()
+    loss_g = -training.discriminator(maps, sentence).mean() - s.sim_w * similarity
+    expected_g = dict(zip(names(g), torch.autograd.grad(loss_g, list(g.parameters()), allow_unused=True), strict=True))
+    for name, p in training.generator.named_parameters():
+        expected = expected_g[name]
+        assert torch.allclose(p.grad, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()) + 1e-9), name
+    assert float(values["loss_g/clip_similarity"]) == pytest.approx(float(similarity), abs=1e-5)
+
+
+def build_copy(network, clip):
+    """A deep copy that shares CLIP."""
+    return copy.deepcopy(network, {id(clip): clip}).train()
+
+
+def names(network) -> list[str]:
+    return [name for name, _ in network.named_parameters()]
+
+
+def test_script_trains_and_leaves_what_it_says(demo_folder, clip_file, tmp_path):
+    few = ("data.layout=folder", f"data.dir={demo_folder}", "model.imsize=32", "eval.metrics=[fd_clip,clip_score]")
+    result = run("train.py", "cfg/demo.yml", *words(tmp_path, clip_file, *few, "train.max_epoch=2"))
+    assert result.returncode == 0, result.stderr
+    assert "epoch 2/2" in result.stdout and "fd_clip" in result.stdout and "minutes" in result.stdout
+    (logs,) = (tmp_path / "logs" / "demo").iterdir()
+    (saved,) = (tmp_path / "saved" / "demo").iterdir()
+    assert list(logs.glob("events.out.tfevents.*"))
+    scores = [json.loads(line) for line in (logs / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in scores] == [0, 2]
+    assert all(np.isfinite(line[name]) for line in scores for name in ("fd_clip", "clip_score"))
+    assert {path.name for path in (logs / "grids").iterdir()} == {f"epoch_000{i}.png" for i in (0, 1, 2)}
+    assert Image.open(logs / "grids" / "epoch_0002.png").width > 6 * 128
+    assert config.load(saved / "config.yml").train.max_epoch == 2
+    content = checkpoint.read(saved / "state_epoch_002.pth")
+    assert (content["epoch"], content["step"]) == (2, 6)
+    assert not list(saved.glob("*.partial"))
+
+    # What it leaves can be sampled, and only with a CLIP that fits.
+    sampled = run("sample.py", "cfg/demo.yml", "a red bird", f"clip.weights={clip_file}", f"log.save_dir={tmp_path}/saved",
+                  "--n", 2, "--out", tmp_path / "pictures")  # fmt: skip
+    assert sampled.returncode == 0, sampled.stderr
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
+    state = saved / "state_epoch_002.pth"
+    refused = run("sample.py", "cfg/demo.yml", "a bird", "--checkpoint", state)
+    assert_refused(refused, "state_epoch_002.pth was trained with a CLIP of", "embedding 64", "embedding 128")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["cfg/nothing.yml"], ["no configuration file cfg/nothing.yml", "demo.yml"]),
+        (["cfg/demo.yml", "train.batchsize=4"], ["'train.batchsize'", "did you mean 'train.batch_size'"]),
+        (["cfg/demo.yml", "train.lr_g=fast"], ["train.lr_g must be of type float", "'fast'"]),
+        (["cfg/demo.yml", "model.imsize=100"], ["model.imsize", "4 * 2^k", "100"]),
+        (["cfg/demo.yml", "train.batch_size=0"], ["train.batch_size", "at least 2"]),
+        (["cfg/demo.yml", "train.batch_size=13"], ["train.batch_size", "13", "12 training images"]),
+        (["cfg/demo.yml", "train.device=cuda"], ["train.device", "no GPU"]),
+        (["cfg/demo.yml", "clip.weights=README.md"], ["clip.weights", "README.md is not a CLIP"]),
+        (["cfg/demo.yml", "clip.weights=nowhere.pt"], ["clip.weights", "nowhere.pt"]),
+        (["cfg/demo.yml", "data.dir=nowhere"], ["data.dir", "nowhere"]),
+        (["cfg/demo.yml", "eval.metrics=[fid_]"], ["eval.metrics", "fid_", "fd_clip"]),
+        (["cfg/demo.yml", "eval.metrics=[caption_accuracy]"], ["caption_accuracy", "demo"]),
+    ],
+    ids=lambda value: "".join(value[-1:]) if isinstance(value, list) else None,
+)
+def test_mistakes_end_in_one_line(demo_folder, arguments, parts, tmp_path):
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    few = ["data.layout=folder", *([] if "data.dir=nowhere" in arguments else [f"data.dir={demo_folder}"])]
+    places = [f"log.dir={tmp_path}/logs", f"log.save_dir={tmp_path}/saved"]
+    assert_refused(run("train.py", *arguments, *few, *places, environment=hidden), *parts)
+    assert not list(tmp_path.iterdir())  # nothing was begun
