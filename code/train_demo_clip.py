@@ -92,9 +92,7 @@ def patches(images: Tensor) -> Tensor:
     return F.unfold(images, PATCH, stride=PATCH).transpose(1, 2)
 
 
-def near_misses(
-    batch: list[Attributes], allowed: set[Attributes], rng: np.random.Generator
-) -> list[Attributes]:
+def near_misses(batch: list[Attributes], allowed: set[Attributes], rng: np.random.Generator) -> list[Attributes]:
     """For each combination an allowed one that differs from it in exactly one attribute."""
     misses = []
     for attributes in batch:

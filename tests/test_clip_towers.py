@@ -31,7 +31,9 @@ def test_released_text_tower(vitb32, fixtures):
     assert relative_error(words[:, :16, :32], fixtures["txt.words.slice"]) < 1e-4
 
 
-@pytest.mark.parametrize(("resolution", "patch", "width", "layers"), [(64, 16, 64, 4), (48, 8, 128, 1), (32, 32, 64, 3)])
+@pytest.mark.parametrize(
+    ("resolution", "patch", "width", "layers"), [(64, 16, 64, 4), (48, 8, 128, 1), (32, 32, 64, 3)]
+)
 @torch.no_grad()
 def test_any_vit_equals_openai(resolution, patch, width, layers):
     model = small_clip_model(resolution, patch, width, layers)

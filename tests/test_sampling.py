@@ -37,7 +37,9 @@ def test_shipped_checkpoint_draws_the_caption(tmp_path):
                 "--n", 2, "--out", tmp_path / "again")  # fmt: skip
     assert again.returncode == 0, again.stderr
     for k in range(2):  # the same seed, another place among the captions
-        one, two = (next(folder.glob(f"0{n}_a-small*_{k}.png")) for folder, n in ((tmp_path, 1), (tmp_path / "again", 2)))
+        one, two = (
+            next(folder.glob(f"0{n}_a-small*_{k}.png")) for folder, n in ((tmp_path, 1), (tmp_path / "again", 2))
+        )
         assert np.abs(np.asarray(Image.open(one)).astype(int) - np.asarray(Image.open(two))).max() <= 1
     grid = Image.open(tmp_path / "again" / "grid.png")
     assert grid.width > 2 * 128 and grid.height > 2 * 128

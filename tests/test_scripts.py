@@ -12,11 +12,11 @@ INTERPRETER = Path(sys.executable).parent
 
 
 def bash(*words: object, folder: Path = ROOT, home: Path = ROOT) -> subprocess.CompletedProcess:
-    """bash in an environment of nothing but HOME and a PATH with this interpreter, which has all requirements."""
+    """bash with no more than HOME, a PATH with this interpreter, which has all requirements, and GPUS=1."""
     return subprocess.run(
         ["bash", *map(str, words)],
         cwd=folder,
-        env={"PATH": f"{INTERPRETER}:/usr/bin:/bin", "HOME": str(home)},
+        env={"PATH": f"{INTERPRETER}:/usr/bin:/bin", "HOME": str(home), "GPUS": "1"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -10,7 +10,7 @@ from helpers import TINY_RUN, assert_refused, run
 from PIL import Image
 
 from ratlip import checkpoint, config
-from ratlip.trainer import Training, prepare, train_step
+from ratlip.trainer import prepare, train_step
 
 
 def words(folder, clip_file, *more):

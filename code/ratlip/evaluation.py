@@ -46,6 +46,8 @@ class Evaluator:
         self.clip, self.precision = clip, precision
         self.batch_size = config.eval.batch_size
         self.samples = config.eval.samples or config.eval.sample_times * len(items)
+        if min(len(items), self.samples) < 2:
+            raise UserError(f"evaluation needs at least 2 test images and 2 samples, not {len(items)}, {self.samples}")
         self.table = captions.CaptionTable([item.captions for item in items])
         self.sentences = captions.embed(self.table, clip, Path(config.data.dir) / "cache").to(clip.mean.device)
         self.reference = self._reference(TestImages(items, config.model.imsize), config.data.num_workers)

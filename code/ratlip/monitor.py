@@ -2,7 +2,6 @@
 
 import json
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,13 +94,29 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels]
 
 
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines of at most `width` pixels; a word that is wider than that is broken."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
+
+
 def captioned_grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
     """Images (B, 3, H, W) in [-1, 1] in rows of `columns`, each with its caption below, wrapped and never cut."""
     pictures = to_pictures(images)
     factor = max(1, -(-MIN_CELL // pictures[0].width))
     width, height = (side * factor for side in pictures[0].size)
     font = ImageFont.load_default(size=11)
-    wrapped = [textwrap.wrap(caption, max(12, width // 6)) for caption in captions]
+    wrapped = [_wrap(caption, font, width) for caption in captions]
     cell = (width + 8, height + TEXT_HEIGHT * max(map(len, wrapped)) + 10)
     grid = Image.new("RGB", (columns * cell[0], -(-len(pictures) // columns) * cell[1]), "white")
     draw = ImageDraw.Draw(grid)

@@ -125,7 +125,8 @@ def test_workers_change_nothing(tmp_path):
         for found, expected in zip(one, other, strict=True):
             assert torch.equal(found, expected)
     # The rows are those of the draws, and the epochs are not the same.
-    drawn = [draw for number in range(2) for batch in epoch(EpochBatches(captions, 4, seed=5), number) for draw in batch]
+    batches = EpochBatches(captions, 4, seed=5)
+    drawn = [draw for number in range(2) for batch in epoch(batches, number) for draw in batch]
     assert torch.cat([batch.rows for batch in alone]).tolist() == [draw.row for draw in drawn]
     assert torch.cat([batch.mismatched_rows for batch in alone]).tolist() == [draw.mismatched_row for draw in drawn]
     assert not torch.equal(alone[0].images, alone[2].images)

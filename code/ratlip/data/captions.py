@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ class CaptionTable:
             own = set(self.own(image))
             others = (rows[(i + shift) % len(rows)] for shift in range(1, len(rows)))
             anywhere = (int(rows[i] + shift) % len(self.texts) for shift in range(1, len(self.texts)))
-            other = next((row for row in (*others, *anywhere) if self.texts[row] not in own), None)
+            other = next((row for row in chain(others, anywhere) if self.texts[row] not in own), None)
             if other is None:
                 raise UserError(
                     f"every caption of the data set is a caption of image number {image}: no mismatch exists"

@@ -144,8 +144,12 @@ def _images_by_key(root: Path) -> dict[str, Path]:
 
 
 def _folder_keys(root: Path, split: str, images: dict[str, Path]) -> list[str]:
-    listed = root / f"{split}.txt"
-    if listed.is_file():
+    lists = {name: root / f"{name}.txt" for name in ("train", "test")}
+    missing = [path for path in lists.values() if not path.is_file()]
+    if len(missing) == 1:
+        raise UserError(f"{missing[0]}: missing; give key lists for both splits, or for neither")
+    listed = lists[split]
+    if not missing:
         return [line.strip() for line in listed.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     keys = np.random.default_rng(SPLIT_SEED).permutation(sorted(images)).tolist()
     tests = max(1, round(len(keys) / 10))
@@ -154,16 +158,21 @@ def _folder_keys(root: Path, split: str, images: dict[str, Path]) -> list[str]:
 
 def _read_boxes(folder: Path) -> dict[str, tuple[float, float, float, float]]:
     """CUB's bounding boxes by key, from its images.txt (id path) and bounding_boxes.txt (id x y width height)."""
-    tables = {}
-    for name in ("images.txt", "bounding_boxes.txt"):
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path}: missing; it comes with CUB-200-2011")
-        tables[name] = dict(line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip())
-    try:
-        return {
-            re.sub(r"\.\w+$", "", path.strip()): tuple(map(float, tables["bounding_boxes.txt"][number].split()))
-            for number, path in tables["images.txt"].items()
-        }
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{folder}/bounding_boxes.txt: unreadable line for image {error}") from None
+    path = folder / "bounding_boxes.txt"
+    keys = {number: re.sub(r"\.\w+$", "", name) for number, name in _numbered_lines(folder / "images.txt").items()}
+    boxes = {}
+    for number, numbers in _numbered_lines(path).items():
+        try:
+            x, y, width, height = map(float, numbers.split())
+        except ValueError:
+            raise UserError(f"{path}: image {number}: expected x y width height, not {numbers!r}") from None
+        boxes[keys.get(number)] = (x, y, width, height)
+    return boxes
+
+
+def _numbered_lines(path: Path) -> dict[str, str]:
+    """What stands after the number that begins each line, by that number."""
+    if not path.is_file():
+        raise UserError(f"{path}: missing; it comes with CUB-200-2011")
+    lines = (line.strip().partition(" ") for line in path.read_text().splitlines() if line.strip())
+    return {number: rest.strip() for number, _, rest in lines}

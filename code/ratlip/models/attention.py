@@ -42,5 +42,5 @@ class ShuffleAttention(nn.Module):
         slope = torch.stack([torch.zeros_like(slope_s), slope_s], dim=2).flatten(1)[:, :, None, None]  # (B, C, 1, 1)
         offset = torch.stack([offset_c, offset_s], dim=2).flatten(1)[:, :, None, None]
 
-        gated = x * torch.sigmoid(torch.addcmul(offset, slope, x))
+        gated = x * torch.addcmul(offset, slope, x).sigmoid_()
         return gated.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)  # channel 2 j + g was channel g * C / 2 + j

@@ -13,7 +13,7 @@ AFFINES_PER_BLOCK = 4  # two fuses, two affine layers each
 def fuse(x: Tensor, affines: Affines) -> Tensor:
     """Affine layer, LeakyReLU 0.2, for each of `affines`: x (B, C, H, W) -> (B, C, H, W)."""
     for gamma, beta in affines:
-        x = F.leaky_relu(torch.addcmul(beta, gamma, x), 0.2)
+        x = F.leaky_relu(torch.addcmul(beta, gamma, x), 0.2, inplace=True)
     return x
 
 
@@ -35,7 +35,7 @@ class Conv(nn.Module):
         """x (B, C_in, h, w), first resized to `size` by nearest neighbour -> (B, C_out, size, size)."""
         x = resize_and_convolve(x, self.conv, size or x.shape[-1])
         if self.bn is not None:
-            x = F.leaky_relu(self.bn(x), 0.01)
+            x = F.leaky_relu(self.bn(x), 0.01, inplace=True)
         return x if self.attention is None else self.attention(x)
 
 
