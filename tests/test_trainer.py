@@ -156,8 +156,8 @@ def test_script_trains_and_leaves_what_it_says(demo_folder, clip_file, tmp_path)
     assert not list(saved.glob("*.partial"))
 
     # What it leaves can be sampled, and only with a CLIP that fits.
-    sampled = run("sample.py", "cfg/demo.yml", "a red bird", f"clip.weights={clip_file}", f"log.save_dir={tmp_path}/saved",
-                  "--n", 2, "--out", tmp_path / "pictures")  # fmt: skip
+    places = (f"clip.weights={clip_file}", f"log.save_dir={tmp_path}/saved", "--out", tmp_path / "pictures")
+    sampled = run("sample.py", "cfg/demo.yml", "a red bird", *places, "--n", 2)
     assert sampled.returncode == 0, sampled.stderr
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
     state = saved / "state_epoch_002.pth"
