@@ -13,6 +13,7 @@ from ratlip.sampling import embed_captions, find_checkpoint, generate, load_gene
 
 
 def main() -> None:
+    """Read the command line, draw, save."""
     parser = argparse.ArgumentParser(
         prog="bash scripts/sample.sh",
         description="Draw captions. Uses the newest checkpoint trained with the configuration, else the shipped one.",

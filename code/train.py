@@ -7,6 +7,7 @@ from ratlip.trainer import train
 
 
 def main() -> None:
+    """Read the command line, train."""
     parser = argparse.ArgumentParser(
         prog="bash scripts/train.sh",
         description="Train a generator. Leaves checkpoints in saved_models/ and logs for TensorBoard in logs/.",

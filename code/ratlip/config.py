@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,10 +143,8 @@ def _check(source: str, key: str, value: Any, default: Any) -> Any:
     if value is None and key in OPTIONAL:
         return None
     if expected is float and not isinstance(value, bool):
-        try:
+        with suppress(TypeError, ValueError):
             value = float(value)  # YAML 1.1 reads 1e-4 as text
-        except (TypeError, ValueError):
-            pass
     if isinstance(value, bool) and expected is not bool or not isinstance(value, expected):
         raise UserError(f"{source}: {key} must be of type {expected.__name__}, not {value!r}")
     if key in CHOICES and value not in CHOICES[key]:

@@ -260,6 +260,10 @@ def write(root: Path) -> None:
                     bar.update()
                 keys = [f"{split}/{i:05}" for i in range(len(combinations))]
                 (partial / f"{split}.txt").write_text("\n".join(keys) + "\n")
-        partial.rename(root)
+        try:
+            partial.rename(root)
+        except OSError:
+            if not root.is_dir():  # else another process was faster, with the same bytes
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
