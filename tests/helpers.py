@@ -22,6 +22,7 @@ TINY_RUN = (
     "model.nf=16",
     "model.d_channels=16",
     "data.num_workers=0",
+    "clip.feature_blocks=null",
 )
 
 
