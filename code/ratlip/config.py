@@ -31,6 +31,7 @@ AT_LEAST = {
     "model.nf": 16,
     "model.z_dim": 1,
     "model.d_channels": 4,
+    "model.d_start": 0.0,
     "train.batch_size": 2,  # the mismatched caption is another image's
     "train.max_epoch": 1,
     "train.seed": 0,

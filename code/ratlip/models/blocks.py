@@ -93,9 +93,9 @@ class GeneratorBlock(nn.Module):
 
 
 class DiscriminatorBlock(nn.Module):
-    """shortcut(x) + gamma * R(x), R = 3x3, LeakyReLU 0.2, 3x3, LeakyReLU 0.2; gamma is one number, 0 at first."""
+    """shortcut(x) + gamma * R(x), R = 3x3, LeakyReLU 0.2, 3x3, LeakyReLU 0.2; gamma is one number."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, gamma: float = 0.0):
         super().__init__()
         self.residual = nn.Sequential(
             nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
@@ -104,7 +104,7 @@ class DiscriminatorBlock(nn.Module):
             nn.LeakyReLU(0.2),
         )
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        self.gamma = nn.Parameter(torch.zeros(()))
+        self.gamma = nn.Parameter(torch.tensor(gamma))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.shortcut(x) + self.gamma * self.residual(x)

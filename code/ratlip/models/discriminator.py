@@ -13,14 +13,17 @@ class Discriminator(nn.Module):
     Args:
         clip: read for the width, grid, number of feature maps and embedding size; not kept.
         channels: of the fused features; the released networks have 512.
+        start: first value of the numbers that weigh the residual branches and the deeper maps, 0 as released.
+            They are single numbers that Adam moves by about the learning rate a step, up and down: in a run of a
+            thousand steps they stay near 0, and with them most of the network out of use.
     """
 
-    def __init__(self, clip: FrozenClip, channels: int = 512):
+    def __init__(self, clip: FrozenClip, channels: int = 512, start: float = 0.0):
         super().__init__()
         deeper_maps = len(clip.feature_blocks) - 1
-        self.blocks = nn.ModuleList(DiscriminatorBlock(clip.width, clip.width) for _ in range(deeper_maps))
-        self.betas = nn.Parameter(torch.zeros(deeper_maps))  # how much of each deeper map is added
-        self.main = DiscriminatorBlock(clip.width, channels)
+        self.blocks = nn.ModuleList(DiscriminatorBlock(clip.width, clip.width, start) for _ in range(deeper_maps))
+        self.betas = nn.Parameter(torch.full((deeper_maps,), start))  # how much of each deeper map is added
+        self.main = DiscriminatorBlock(clip.width, channels, start)
         # Two convolutions without padding that together see the whole grid: 4x4 and 4x4 on the released 7x7.
         first = min(4, (clip.grid + 1) // 2)
         self.judge = nn.Sequential(
