@@ -3,7 +3,6 @@
 import argparse
 
 from ratlip import config, errors
-from ratlip.trainer import train
 
 
 def main() -> None:
@@ -16,7 +15,11 @@ def main() -> None:
     parser.add_argument("config", help="a YAML file such as cfg/demo.yml; cfg/default.yml explains every key")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings stronger than the file's")
     words = parser.parse_args()
-    train(config.load(words.config, words.overrides))
+    resolved = config.load(words.config, words.overrides)
+
+    from ratlip.trainer import train  # takes seconds: a typo in the words above is answered at once
+
+    train(resolved)
 
 
 if __name__ == "__main__":

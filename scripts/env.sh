@@ -81,6 +81,4 @@ ratlip_setup() {
 }
 
 ratlip_setup || { ratlip_status=$?; [ "${BASH_SOURCE[0]:-}" = "$0" ] && exit $ratlip_status; return $ratlip_status; }
-# Threads that wait by spinning make PyTorch several times slower on a CPU that anything else uses too.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 export PYTHONPATH=$ratlip_root/code${PYTHONPATH:+:$PYTHONPATH}

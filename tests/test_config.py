@@ -1,6 +1,7 @@
 """Configuration: defaults, overrides, and messages for everything that can be wrong in a file or word."""
 
 import re
+from contextlib import suppress
 
 import pytest
 import yaml
@@ -73,6 +74,14 @@ def test_what_is_wrong_is_named(write, text, message):
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         config.load(write(text))
     assert "mine.yml" in str(caught.value)
+
+
+def test_image_sizes(write):
+    accepted = []
+    for size in range(1, 1025):
+        with suppress(UserError):
+            accepted.append(config.load(write(""), [f"model.imsize={size}"]).model.imsize)
+    assert accepted == [8, 16, 32, 64, 128, 224, 256, 512, 1024]
 
 
 def test_wrong_words_and_files(write):

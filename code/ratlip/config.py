@@ -10,7 +10,6 @@ import yaml
 from easydict import EasyDict
 
 from ratlip.errors import UserError
-from ratlip.models.generator import is_image_size
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository
 DEFAULT = ROOT / "cfg" / "default.yml"
@@ -154,7 +153,7 @@ def _check(source: str, key: str, value: Any, default: Any) -> Any:
         raise UserError(f"{source}: {key} must be a number of at least {AT_LEAST[key]}, not {value}")
     if key in SHARES and not 0 <= value < 1:
         raise UserError(f"{source}: {key} must be at least 0 and below 1, not {value}")
-    if key == "model.imsize" and not is_image_size(value):
+    if key == "model.imsize" and value != 224 and (value < 8 or value & (value - 1)):
         raise UserError(f"{source}: {key} must be 4 * 2^k (8, 16, 32, 64, 128, 256, ...) or 224, not {value}")
     if key in MULTIPLE_OF and value % MULTIPLE_OF[key]:
         raise UserError(f"{source}: {key} must be a multiple of {MULTIPLE_OF[key]}, not {value}")

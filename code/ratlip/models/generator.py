@@ -87,11 +87,6 @@ class Generator(nn.Module):
         return self.to_rgb(F.leaky_relu(x, 0.2))
 
 
-def is_image_size(imsize: int) -> bool:
-    """Whether a generator can draw images of that side: 4 * 2^k with k >= 1, or 224."""
-    return imsize == 224 or (imsize >= 8 and imsize & (imsize - 1) == 0)
-
-
 def block_sizes(imsize: int) -> list[int]:
     """Output side of each generator block: 8, 16, ... up to imsize; the released 224 follows 128."""
     count = math.ceil(math.log2(imsize / 4))
