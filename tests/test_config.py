@@ -76,6 +76,25 @@ def test_what_is_wrong_is_named(write, text, message):
     assert "mine.yml" in str(caught.value)
 
 
+def test_a_released_flat_file_runs_unchanged(write, capsys):
+    path = write(
+        "CONFIG_NAME: 'GALIP'\ndataset_name: 'birds'\ndata_dir: '../data/birds'\nimsize: 256\nz_dim: 100\n"
+        "cond_dim: 512\nmanual_seed: 100\ncuda: True\nclip4trn: {src: clip, type: ViT-B/32}\n"
+        "clip4text: {src: clip, type: ViT-B/32}\nstate_epoch: 1\nmax_epoch: 1500\nbatch_size: 32\nnf: 64\n"
+        "lr_g: 0.0001\nlr_d: 0.0004\nsim_w: 4.0\ntest_interval: 20\nsample_times: 12\nnpz_path: x.npz\n"
+    )
+    loaded = config.load(path, ["train.max_epoch=3"])
+    assert (loaded.model.name, loaded.data.layout, loaded.data.dir) == ("galip", "bird", "../data/birds")
+    assert (loaded.model.imsize, loaded.model.nf, loaded.clip.weights) == (256, 64, "ViT-B/32")
+    assert (loaded.train.batch_size, loaded.train.max_epoch, loaded.train.device) == (32, 3, "auto")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "read as a released GALIP" in line and line.endswith("cond_dim, clip4text, state_epoch, npz_path")
+    with pytest.raises(UserError, match="train.batch_size must be of type int, not 'many'"):
+        config.load(write("dataset_name: birds\nbatch_size: many"))
+    with pytest.raises(UserError, match="data.layout must be one of .*, not 'cifar'"):
+        config.load(write("dataset_name: CIFAR"))
+
+
 def test_image_sizes(write):
     accepted = []
     for size in range(1, 1025):

@@ -47,6 +47,36 @@ AT_LEAST = {
 }
 MULTIPLE_OF = {"model.nf": 16, "model.d_channels": 4}  # shuffle attention halves 8 groups of channels
 SHARES = ("train.lr_decay", "train.beta1", "train.beta2", "train.ema", "train.augment_shift")  # from 0 up to 1
+# Released GALIP and RATLIP files are flat. Where their keys stand here; all others no longer mean anything.
+FLAT = {
+    "CONFIG_NAME": "model.name",
+    "dataset_name": "data.layout",
+    "data_dir": "data.dir",
+    "imsize": "model.imsize",
+    "z_dim": "model.z_dim",
+    "nf": "model.nf",
+    "manual_seed": "train.seed",
+    "cuda": "train.device",
+    "clip4trn": "clip.weights",
+    "max_epoch": "train.max_epoch",
+    "batch_size": "train.batch_size",
+    "lr_g": "train.lr_g",
+    "lr_d": "train.lr_d",
+    "sim_w": "train.sim_w",
+    "gen_interval": "log.gen_interval",
+    "test_interval": "log.test_interval",
+    "save_interval": "log.save_interval",
+    "sample_times": "eval.sample_times",
+}
+FLAT_VALUES = {
+    "model.name": lambda value: "galip" if "galip" in str(value).lower() else "ratlip",
+    "data.layout": lambda value: {"birds": "bird", "cub": "bird", "flowers": "flower", "faces": "face"}.get(
+        str(value).lower(), str(value).lower()
+    ),
+    "train.device": lambda value: "auto" if value else "cpu",
+    "clip.weights": lambda value: value.get("type") if isinstance(value, dict) else value,
+}
+
 OPTIONAL = {"model.shipped": str, "clip.feature_blocks": list, "clip.prompt_blocks": list}  # null, or of this type
 
 
@@ -69,7 +99,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
         raise UserError(f"no configuration file {path}; cfg/ has {known}")
     defaults = flatten(yaml.safe_load(DEFAULT.read_text()))
     settings = dict(defaults)
-    for source, values in ((str(path), flatten(_read_yaml(path))), *map(_read_word, overrides)):
+    content = _read_yaml(path)
+    content = _translate(path, content) if "dataset_name" in content else flatten(content)
+    for source, values in ((str(path), content), *map(_read_word, overrides)):
         for key, value in values.items():
             if key not in defaults:
                 raise UserError(f"{source}: unknown key {key!r}{_nearest(key, defaults)}")
@@ -117,6 +149,16 @@ def _read_yaml(path: Path) -> dict:
     if not isinstance(content or {}, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; expected keys and values as in cfg/default.yml")
     return content or {}
+
+
+def _translate(path: Path, content: dict) -> dict[str, Any]:
+    """A released flat file in this program's keys; says so in one line."""
+    kept = {FLAT[key]: value for key, value in content.items() if key in FLAT}
+    translated = {key: FLAT_VALUES[key](value) if key in FLAT_VALUES else value for key, value in kept.items()}
+    dropped = ", ".join(key for key in content if key not in FLAT) or "no key"
+    name = translated.setdefault("model.name", "ratlip").upper()
+    print(f"{path}: read as a released {name} configuration; no longer of meaning: {dropped}")
+    return translated
 
 
 def _read_word(word: str) -> tuple[str, dict]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ratlip.data.layouts import LAYOUTS, Item, open_image, read_captions, read_items
+from ratlip.data.layouts import LAYOUTS, Item, decode, open_image, read_captions, read_items
 from ratlip.errors import UserError
 
 # key -> bounding box (x, y, width, height) in a picture of 40x30 pixels
@@ -149,9 +149,9 @@ def test_other_encodings_decode_as_pillow_does(kind, tmp_path):
     assert np.array_equal(np.array(open_image(Item("a", path, ["x"]))), np.array(Image.open(path).convert("RGB")))
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "LA", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "LA"])
 def test_other_colour_modes_become_rgb(mode, tmp_path):
-    image = pixels(0).convert("L").convert("I").convert(mode) if mode == "I;16" else pixels(0).convert(mode)
+    image = pixels(0).convert(mode)
     opened = open_image(Item("a", write(tmp_path / "a.png", encoded(image)), ["x"]))
     assert opened.mode == "RGB" and opened.size == (40, 30)
     assert np.array_equal(np.array(opened), np.array(image.convert("RGB")))
@@ -318,9 +318,59 @@ def test_an_empty_key_list(tmp_path):
         (b"\xef\xbb\xbfone\r\ntwo\r\n", ["one", "two"]),
         (b"\n\n one \n\t\n\r\ntwo", ["one", "two"]),
         ("ein grüner Vogel\n一只鸟".encode(), ["ein grüner Vogel", "一只鸟"]),
-        (b"caf\xe9 au lait\n", ["caf\ufffd au lait"]),  # Latin-1 by mistake
+        (b"caf\xe9 au lait\n", ["caf\xe9 au lait"]),  # Latin-1
+        ("a \U0001f426\n".encode(), ["a \U0001f426"]),
         (b"the same\nthe same\n", ["the same", "the same"]),
     ],
 )
 def test_caption_files(content, expected, tmp_path):
     assert read_captions(write(tmp_path / "captions.txt", content)) == expected
+
+
+def picture(image: Image.Image, folder: Path, suffix: str, **options) -> np.ndarray:
+    """What `decode` gives for a saved image."""
+    path = folder / f"picture{suffix}"
+    image.save(path, **options)
+    return np.asarray(decode(path)).astype(int)
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    image = pixels(0).convert("CMYK")
+    assert (picture(image, tmp_path, ".tif") == np.asarray(image.convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_shown_over_white(mode, tmp_path):
+    image = Image.new("RGBA", (3, 1), (0, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    image.putpixel((2, 0), (0, 0, 0, 0 if mode == "P" else 128))
+    if mode == "P":
+        image = Image.new("P", (3, 1), 0)
+        image.putpalette([0, 0, 0, 9, 9, 9])
+        image.putpixel((1, 0), 1)
+        image.putpixel((2, 0), 1)
+        found = picture(image, tmp_path, ".png", transparency=1)
+    else:
+        found = picture(image.convert(mode), tmp_path, ".png")
+    assert found[0, 0].tolist() == [0, 0, 0] and found[0, 1].tolist() == [255, 255, 255]
+    assert found[0, 2].tolist() == ([255] * 3 if mode == "P" else [127] * 3)
+
+
+def test_16_bit_levels_are_scaled(tmp_path):
+    levels = np.array([[0, 257, 32896, 65535]], np.uint16)
+    assert picture(Image.fromarray(levels), tmp_path, ".png")[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_exif_turns_the_image(tmp_path):
+    image = Image.fromarray(np.array([[[250, 0, 0], [0, 0, 250]]], np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise
+    found = picture(image, tmp_path, ".png", exif=exif)
+    assert found[:, 0].tolist() == [[250, 0, 0], [0, 0, 250]]
+
+
+def test_smallest_and_too_large(tmp_path):
+    assert picture(Image.new("RGB", (1, 1), (1, 2, 3)), tmp_path, ".png").tolist() == [[[1, 2, 3]]]
+    Image.new("1", (12000, 12000)).save(tmp_path / "huge.png")
+    with pytest.raises(UserError, match=r"huge\.png: cannot be decoded \(12000 x 12000 pixels"):
+        open_image(Item("huge", tmp_path / "huge.png", ["x"]))

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ratlip.data import demo
 from ratlip.errors import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+MAX_PIXELS = 64_000_000  # of an image; larger ones would take hundreds of megabytes in each worker
 SPLIT_SEED = 0  # of the 90/10 split of a folder that has no train.txt and test.txt
 
 
@@ -85,7 +86,12 @@ def read_captions(path: Path) -> list[str]:
     """The captions in a text file, one a line; empty lines do not count."""
     if not path.is_file():
         raise UserError(f"{path}: no such caption file")
-    captions = [line.strip() for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    captions = [line.strip() for line in text.splitlines()]
     captions = [caption for caption in captions if caption]
     if not captions:
         raise UserError(f"{path}: holds no caption")
@@ -95,7 +101,7 @@ def read_captions(path: Path) -> list[str]:
 def open_image(item: Item) -> Image.Image:
     """The RGB picture of an item; birds are cropped around their bounding box, as in the published work."""
     try:
-        image = Image.open(item.image).convert("RGB")
+        image = decode(item.image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{item.image}: cannot be decoded ({error})") from None
     if item.box is None:
@@ -111,6 +117,23 @@ def open_image(item: Item) -> Image.Image:
             min(image.height, centre_y + radius),
         )
     )
+
+
+def decode(path: Path) -> Image.Image:
+    """An image file as 8-bit RGB: turned as its EXIF data says, 16-bit levels scaled, transparency over white.
+
+    Raises ValueError for more than MAX_PIXELS, before any is decoded, and whatever Pillow raises.
+    """
+    with Image.open(path) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}; shrink it")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit grey, which convert would cut off at 255
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
 
 
 class _StringsUnpickler(pickle.Unpickler):
