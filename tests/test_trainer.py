@@ -128,6 +128,17 @@ def test_step_equals_the_losses_written_out(make):
     assert float(values["loss_g/clip_similarity"]) == pytest.approx(float(similarity), abs=1e-5)
 
 
+def test_bf16_step_is_near_float32(make):
+    terms = {}
+    for precision in ("fp32", "bf16"):
+        training, _, loader = make(f"train.precision={precision}")
+        terms[precision] = train_step(training, next(iter(loader)))
+        assert all(p.dtype == torch.float32 for p in training.generator.parameters())
+    for name, expected in terms["fp32"].items():
+        if name.startswith("loss"):
+            assert float(terms["bf16"][name]) == pytest.approx(float(expected), abs=0.02), name
+
+
 def build_copy(network, clip):
     """A deep copy that shares CLIP."""
     return copy.deepcopy(network, {id(clip): clip}).train()

@@ -66,7 +66,8 @@ class Conditioner(nn.Module):
     def forward(self, noise: Tensor, sentence: Tensor) -> Affines:
         """noise (B, Z), sentence (B, E) -> (gamma, beta) of each layer."""
         condition = torch.cat([noise, sentence], dim=1)
-        hidden = iter(self._unroll(noise, condition))
+        with torch.autocast(condition.device.type, enabled=False):  # not every CPU has a bfloat16 LSTM
+            hidden = iter(self._unroll(noise, condition))
         return [
             affine(next(hidden) if recurrent else condition)
             for affine, recurrent in zip(self.affines, self.recurrent, strict=True)
