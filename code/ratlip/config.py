@@ -97,7 +97,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
     if not path.is_file():
         known = ", ".join(sorted(p.name for p in DEFAULT.parent.glob("*.yml") if p != DEFAULT))
         raise UserError(f"no configuration file {path}; cfg/ has {known}")
-    defaults = flatten(yaml.safe_load(DEFAULT.read_text()))
+    defaults = default_settings()
     settings = dict(defaults)
     content = _read_yaml(path)
     content = _translate(path, content) if "dataset_name" in content else flatten(content)
@@ -107,6 +107,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
                 raise UserError(f"{source}: unknown key {key!r}{_nearest(key, defaults)}")
             settings[key] = _check(source, key, value, defaults[key])
     return EasyDict({"name": path.stem, **unflatten(settings)})
+
+
+def default_settings() -> dict[str, Any]:
+    """Every key of cfg/default.yml, flat, with its default."""
+    return flatten(yaml.safe_load(DEFAULT.read_text()))
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

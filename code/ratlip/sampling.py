@@ -69,7 +69,8 @@ def load_generator(config: EasyDict, path: str | Path) -> tuple[Generator, Froze
         raise UserError(
             f"{path} is a checkpoint of another program: neither RATLIP's nor a released GALIP or RATLIP file"
         )
-    own = EasyDict(configuration.unflatten(content["config"]))
+    # A checkpoint from before a setting existed was made with what is its default now.
+    own = EasyDict(configuration.unflatten({**configuration.default_settings(), **content["config"]}))
     own.clip.update(source=config.clip.source, weights=config.clip.weights)
     clip = build.clip_of(own)
     if clip.shape != content["clip"]:
