@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ratlip.errors import UserError
+from ratlip.errors import UserError, first_line
 
 FORMAT = "ratlip-1"  # stands under "format" in every checkpoint that this program writes
 
@@ -46,7 +46,7 @@ def read(path: str | Path) -> dict:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
         raise UserError(f"{path} holds more than tensors and plain values; refused unread. {reason}".strip()) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is no checkpoint, or is cut short ({str(error).splitlines()[0][:160]})") from None
+        raise UserError(f"{path} is no checkpoint, or is cut short ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ratlip.errors import UserError
+from ratlip.errors import UserError, first_line
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # clip imports pkg_resources, which warns of its end
@@ -205,10 +205,10 @@ def _load_openai(weights: str) -> nn.Module:
             warnings.simplefilter("ignore")  # torch.jit.load is deprecated; OpenAI's archives are in that format
             return clip.load(weights, device="cpu", jit=False)[0]
     except (RuntimeError, KeyError, AttributeError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"clip.weights: {weights} is not a CLIP checkpoint ({_first_line(error)})") from None
+        raise UserError(f"clip.weights: {weights} is not a CLIP checkpoint ({first_line(error)})") from None
     except OSError as error:
         raise UserError(
-            f"clip.weights: {weights} could not be downloaded ({_first_line(error)}); "
+            f"clip.weights: {weights} could not be downloaded ({first_line(error)}); "
             "fetch the file elsewhere and set clip.weights to its path"
         ) from None
 
@@ -222,8 +222,4 @@ def _load_open_clip(weights: str) -> nn.Module:
     try:
         return open_clip.create_model(architecture, pretrained=pretrained or None, require_pretrained=True)
     except (RuntimeError, OSError, KeyError) as error:
-        raise UserError(f"clip.weights: open_clip cannot load {weights} ({_first_line(error)})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(f"clip.weights: open_clip cannot load {weights} ({first_line(error)})") from None

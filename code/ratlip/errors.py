@@ -8,6 +8,11 @@ class UserError(Exception):
     """Something the user can mend. The message says what is wrong, where, and what to do, in one line."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message, shortened; its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
 def run(main: Callable[[], None]) -> None:
     """Call an entry point; a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
