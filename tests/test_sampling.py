@@ -72,14 +72,3 @@ def test_released_checkpoint_with_another_clip(tmp_path):
     torch.save({"model": {"netG": released_weights("galip.netG")}, "epoch": 3}, path)
     result = run("sample.py", "cfg/demo.yml", CAPTION, "--checkpoint", path)
     assert_refused(result, "CLIP of width 768 and embedding 512", "192 and 128")
-
-
-def test_released_checkpoint_samples_from_the_command_line(vitb32, tmp_path):
-    torch.save({"model": {"netG": released_weights("ratlip.netG")}, "epoch": 3}, tmp_path / "ratlip.pth")
-    torch.save({key: value.half() for key, value in vitb32.clip.state_dict().items()}, tmp_path / "vit.pt")
-    result = run("sample.py", "cfg/bird.yml", "a grey bird", f"clip.weights={tmp_path}/vit.pt", "--n", 1,
-                 "--checkpoint", tmp_path / "ratlip.pth", "--out", tmp_path / "out")  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "released RATLIP, epoch 3, nf 64" in result.stdout
-    (picture,) = (tmp_path / "out").glob("01_a-grey-bird_*.png")
-    assert Image.open(picture).size == (224, 224)

@@ -11,13 +11,14 @@ import torch
 from ratlip.errors import UserError, first_line
 
 FORMAT = "ratlip-1"  # stands under "format" in every checkpoint that this program writes
+UNKNOWN = "{} is a checkpoint of another program: neither RATLIP's nor a released GALIP or RATLIP file"
 
 
 def save(content: Any, path: Path) -> None:
     """torch.save to `path`, complete or not at all: a kill or a full disk leaves the older file as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             torch.save(content, file)
             file.flush()

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]  # of the repository
 DEFAULT = ROOT / "cfg" / "default.yml"
 
 CHOICES = {
-    "data.layout": ("demo", "bird", "flower", "face", "coco", "folder"),
+    "data.layout": ("demo", "bird", "flower", "face", "coco", "folder", "webdataset"),
     "model.name": ("ratlip", "galip"),
     "model.rat.state": ("shared", "independent"),
     "model.rat.scope": ("mapper", "all"),
@@ -77,7 +77,12 @@ FLAT_VALUES = {
     "clip.weights": lambda value: value.get("type") if isinstance(value, dict) else value,
 }
 
-OPTIONAL = {"model.shipped": str, "clip.feature_blocks": list, "clip.prompt_blocks": list}  # null, or of this type
+OPTIONAL = {  # null, or of this type
+    "data.test_dir": str,
+    "model.shipped": str,
+    "clip.feature_blocks": list,
+    "clip.prompt_blocks": list,
+}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:

@@ -18,8 +18,8 @@ from ratlip import device as devices
 from ratlip.augment import shift
 from ratlip.clip_towers import FrozenClip
 from ratlip.data import captions
-from ratlip.data.layouts import read_items
-from ratlip.data.loader import Batch, EpochBatches, TrainingImages, training_loader
+from ratlip.data.inventory import cache_folder, usable_items
+from ratlip.data.loader import Batch, EpochBatches, TrainingImages, shard_numbers, training_loader
 from ratlip.evaluation import Evaluator, scores_table
 from ratlip.models.discriminator import Discriminator
 from ratlip.models.generator import Generator
@@ -162,16 +162,16 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     torch.manual_seed(config.train.seed)
     clip = build.clip_of(config).to(place)
 
-    folder = Path(config.data.dir)
     with distributed.first_process_first():
-        items, test_items = (read_items(config.data.layout, folder, split) for split in ("train", "test"))
+        items, test_items = (usable_items(config, split) for split in ("train", "test"))
     table = captions.CaptionTable([item.captions for item in items])
     rank, world_size = distributed.rank(), distributed.world_size()
-    batches = EpochBatches(table, config.train.batch_size, config.train.seed, rank, world_size)
+    shards = shard_numbers(items)
+    batches = EpochBatches(table, config.train.batch_size, config.train.seed, rank, world_size, shards)
     images = TrainingImages(items, config.model.imsize, config.data.enlarge, config.data.flip, config.train.seed)
     loader = training_loader(images, batches, config.data.num_workers, pin=place.type == "cuda")
     with distributed.first_process_first():
-        sentences = captions.embed(table, clip, folder / "cache").to(place)
+        sentences = captions.embed(table, clip, cache_folder(config.data)).to(place)
         evaluator = Evaluator(config, clip, test_items, precision)
 
     generator = build.generator_of(config, clip).to(place, memory_format=torch.channels_last)

@@ -1,6 +1,7 @@
 """Batches of captioned images, the same whatever the number of workers and processes."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ratlip.data.captions import CaptionTable
 from ratlip.data.layouts import Item, open_image
 from ratlip.errors import UserError
+
+OPEN_SHARDS = 16  # that an epoch draws from at any time
 
 
 class Draw(NamedTuple):
@@ -36,10 +39,23 @@ class EpochBatches(Sampler[list[Draw]]):
 
     Every process computes the global batches and takes its own share of each, so that the number of processes
     does not change them. Images that do not fill the last batch are left to another epoch.
+
+    Args:
+        shards: for each image the number of the shard it lies in. Shards then come in random order, and images mix
+            over OPEN_SHARDS of them at a time: the disk is read in sweeps, not here and there.
     """
 
-    def __init__(self, table: CaptionTable, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        table: CaptionTable,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        shards: np.ndarray | None = None,
+    ):
         self.table = table
+        self.shards = shards
         self.batch_size = batch_size  # global
         self.seed = seed
         self.rank, self.world_size = rank, world_size
@@ -57,6 +73,9 @@ class EpochBatches(Sampler[list[Draw]]):
     def __iter__(self) -> Iterator[list[Draw]]:
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(len(self.table.starts) - 1)
+        if self.shards is not None:
+            turns = rng.permutation(self.shards.max() + 1)[self.shards]
+            order = np.argsort(turns + OPEN_SHARDS * rng.random(len(turns)))
         rows = self.table.draw(order, rng)
         for i in range(0, len(self) * self.batch_size, self.batch_size):
             images, own = order[i : i + self.batch_size], rows[i : i + self.batch_size]
@@ -113,6 +132,14 @@ def crop(image: Image.Image, size: int, x: float, y: float) -> Image.Image:
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture -> (3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
+
+
+def shard_numbers(items: Sequence[Item]) -> np.ndarray | None:
+    """For each item the number of the shard its image lies in (N,); None where images are files of their own."""
+    if any(item.span is None for item in items):
+        return None
+    numbers: dict[Path, int] = {}
+    return np.array([numbers.setdefault(item.image, len(numbers)) for item in items])
 
 
 def training_loader(dataset: TrainingImages, batches: EpochBatches, num_workers: int, pin: bool) -> DataLoader:
