@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from helpers import assert_refused, fixture_input, relative_error, released_weights, run
+from helpers import assert_refused, fixture_input, relative_error, released_weights
 from PIL import Image
 
 from ratlip import build, checkpoint, config

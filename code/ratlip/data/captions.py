@@ -92,7 +92,7 @@ def _encode(texts: Sequence[str], clip: FrozenClip, rows: Path | None) -> Tensor
     if rows and rows.is_file():
         found = np.fromfile(rows, np.float32)
         done = len(found) // clip.embedding_dim // EMBED_BATCH * EMBED_BATCH
-        embedded[:done] = torch.from_numpy(found[: done * clip.embedding_dim]).view(done, -1)
+        embedded[:done] = torch.from_numpy(found[: done * clip.embedding_dim]).view(done, clip.embedding_dim)
     if rows:
         rows.parent.mkdir(parents=True, exist_ok=True)
     quiet = distributed.rank() > 0 or None  # None: no bar where there is no terminal

@@ -40,16 +40,16 @@ def read_shards(data: EasyDict, split: str, cache: Path) -> tuple[list[Item], li
     samples = complete(Journal(cache / "shards.jsonl"), inputs, index, data.num_workers, 1, "indexing shards")
     items, problems, seen = [], [], set()
     for (name, _, shard), entries in zip(inputs, samples, strict=True):
-        for key, span, captions in entries:
-            key = f"{name.removesuffix('.tar')}/{key}"
+        for own, span, captions in entries:
+            key = f"{name.removesuffix('.tar')}/{own}"
             if key in seen:
-                problems.append(Problem("key twice", f"{shard}: key {key!r} comes twice; used once", lost=False))
+                problems.append(Problem("key twice", f"{shard}: {own} comes twice; used once", lost=False))
             elif span is None:
-                problems.append(Problem("missing image", f"{shard}: {key!r} has no {', '.join(SUFFIXES)}"))
+                problems.append(Problem("missing image", f"{shard}: {own} has no {', '.join(SUFFIXES)}"))
             elif captions is None:
-                problems.append(Problem("missing captions", f"{shard}: {key!r} has no txt"))
+                problems.append(Problem("missing captions", f"{shard}: {own} has no txt"))
             elif not captions:
-                problems.append(Problem("empty captions", f"{shard}: the txt of {key!r} holds no caption"))
+                problems.append(Problem("empty captions", f"{shard}: {own}.txt holds no caption"))
             else:
                 items.append(Item(key, shard, captions, span=tuple(span)))
             seen.add(key)
