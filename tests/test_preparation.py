@@ -102,6 +102,45 @@ def test_a_second_run_does_nothing_and_training_reads_what_it_left(tmp_path, wor
     assert kept(root) == first
 
 
+def test_pictures_and_captions_met_in_the_wild_train(tmp_path, words, call):
+    root = build(tmp_path / "data", train=8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    levels = np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50
+    for number, content in enumerate((
+        encoded(picture(0).convert("L"), "JPEG"),
+        encoded(picture(1).convert("P"), "PNG"),
+        encoded(picture(2).convert("CMYK"), "JPEG"),
+        encoded(Image.new("RGBA", (40, 30), (0, 0, 0, 0)), "PNG"),
+        encoded(Image.fromarray(levels), "PNG"),
+        encoded(picture(5), "PNG", exif=turned),
+        encoded(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG"),
+        encoded(picture(7), "WEBP"),
+    )):  # fmt: skip
+        write(root / f"images/train/{number}.png", content)
+    texts = [b"\xef\xbb\xbfa bird\r\n\r\nanother\r\n", b"caf\xe9 au lait", "a \U0001f426".encode(), b"word " * 500]
+    for number, text in enumerate(texts):
+        write(root / f"text/train/{number}.txt", text)
+    result = call("prepare.py", *words(root), "--resize")
+    assert result.returncode == 0, result.stderr
+    assert row(result.stdout, "images") == ["8", "4"] and row(result.stdout, "problems") == ["0", "0"]
+    captions = [item.captions for item in usable_items(loaded(words(root)), "train")]
+    assert captions[:3] == [["a bird", "another"], ["caf\xe9 au lait"], ["a \U0001f426"]]
+    expected = {  # at 19 pixels, by Pillow alone
+        0: Image.open(root / "images/train/0.png"),
+        2: Image.open(root / "images/train/2.png"),
+        3: Image.new("RGB", (25, 19), "white"),
+        4: Image.fromarray((levels / 257).round().astype(np.uint8)),
+        5: picture(5).transpose(Image.Transpose.ROTATE_270),
+        6: Image.new("RGB", (19, 19), (1, 2, 3)),
+    }
+    for number, image in expected.items():
+        found = np.asarray(Image.open(root / f"cache/resized_19/train/{number}.bmp"), int)
+        resized = image.convert("RGB").resize(found.shape[1::-1], Image.Resampling.BILINEAR)
+        assert min(found.shape[:2]) == 19 and np.array_equal(found, np.asarray(resized))
+    assert call("train.py", *words(root)).returncode == 0
+
+
 def test_other_captions_and_changed_images_are_noticed(tmp_path, words, call):
     root = build(tmp_path / "data")
     assert call("prepare.py", *words(root), "--resize").returncode == 0

@@ -1,6 +1,7 @@
 """Configuration: default.yml, then a run file, then key=value words; strict, with errors a person can act on."""
 
 import difflib
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -68,11 +69,20 @@ FLAT = {
     "save_interval": "log.save_interval",
     "sample_times": "eval.sample_times",
 }
+
+
+def _released_folder(value: Any) -> Any:
+    """The released programs ran in their code/ folder: where only that makes it a folder, it is meant from there."""
+    from_code = Path(os.path.normpath(ROOT / "code" / str(value)))
+    return str(from_code) if from_code.is_dir() and not Path(str(value)).is_dir() else value
+
+
 FLAT_VALUES = {
     "model.name": lambda value: "galip" if "galip" in str(value).lower() else "ratlip",
     "data.layout": lambda value: {"birds": "bird", "cub": "bird", "flowers": "flower", "faces": "face"}.get(
         str(value).lower(), str(value).lower()
     ),
+    "data.dir": _released_folder,
     "train.device": lambda value: "auto" if value else "cpu",
     "clip.weights": lambda value: value.get("type") if isinstance(value, dict) else value,
 }

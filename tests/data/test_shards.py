@@ -18,7 +18,7 @@ from ratlip import config
 from ratlip.data.captions import CaptionTable
 from ratlip.data.inventory import usable_items
 from ratlip.data.layouts import open_image
-from ratlip.data.loader import OPEN_SHARDS, EpochBatches, shard_numbers
+from ratlip.data.loader import OPEN_SHARDS, EpochBatches
 
 # Runs the real train.py, and notes the images and captions of every step of this process.
 RECORDER = """
@@ -94,7 +94,7 @@ def test_every_sample_is_seen_once_an_epoch_on_one_and_two_processes(words, tmp_
     (tmp_path / "recorder.py").write_text(RECORDER)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}/code", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     epochs = {}
-    for processes in (1, 2):
+    for processes in (2, 1):  # the two find nothing indexed yet
         folder = tmp_path / str(processes)
         folder.mkdir()
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
@@ -163,7 +163,6 @@ def test_shards_are_swept_in_random_order():
         assert spread.max() <= (OPEN_SHARDS + 2) * 10 * 1.2 and np.median(spread) > OPEN_SHARDS * 5
         assert abs(np.corrcoef(places.mean(1), np.arange(200))[0, 1]) < 0.3
     assert not np.array_equal(*orders)
-    assert shard_numbers([]) is not None
 
 
 def test_what_is_wrong_with_samples_is_told(words, tmp_path, call):

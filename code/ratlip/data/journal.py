@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def complete(
             the same order.
         num_workers: processes to spread the work over; 0: this one.
         together: inputs that a process takes at a time, and that an interruption costs it.
-        desc: title of the progress bar.
+        desc: title of the progress bar, and of the line that says how long it took.
     """
     missing = [entry for entry in inputs if journal.find(*entry[:2]) is None]
     loader = DataLoader(
@@ -82,13 +83,16 @@ def complete(
         collate_fn=list,
         generator=torch.Generator(),  # of its own: whether there is work must not change what a run draws later
     )
-    done = 0
+    done, started = 0, time.perf_counter()
     with tqdm(total=len(missing), desc=desc, unit="file", leave=False, disable=distributed.rank() > 0 or None) as bar:
         for results in loader if missing else ():
             entries = missing[done : done + len(results)]
             journal.add([(name, state, result) for (name, state, _), result in zip(entries, results, strict=True)])
             done += len(results)
             bar.update(len(results))
+    if missing:
+        seconds = time.perf_counter() - started
+        distributed.say(f"{desc}: {done:,} in {seconds:.1f} s, {done / seconds:.3g} a second")
     return [journal.find(name, state) for name, state, _ in inputs]
 
 
