@@ -363,6 +363,6 @@ def test_a_released_flat_configuration_trains(tmp_path, clip_file, call):
                   "eval.metrics=[clip_score]")  # fmt: skip
     assert result.returncode == 0, result.stderr
     (line,) = (line for line in result.stdout.splitlines() if "released GALIP configuration" in line)
-    for name in ("clip4evl", "stamp", "state_epoch", "gpu_id", "ch_size", "scaler_min", "npz_path", "log_dir"):
+    for name in ("clip4evl", "stamp", "state_epoch", "gpu_id", "ch_size", "scaler_min", "log_dir"):
         assert name in line
     assert list((tmp_path / "saved" / "birds").glob("*/state_epoch_001.pth"))

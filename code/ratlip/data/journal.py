@@ -92,7 +92,7 @@ def complete(
             bar.update(len(results))
     if missing:
         seconds = time.perf_counter() - started
-        distributed.say(f"{desc}: {done:,} in {seconds:.1f} s, {done / seconds:.3g} a second")
+        distributed.say(f"{desc}: {done:,} in {seconds:.1f} s, {done / seconds:,.0f} a second")
     return [journal.find(name, state) for name, state, _ in inputs]
 
 
