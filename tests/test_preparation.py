@@ -298,6 +298,19 @@ def test_keys_that_leave_the_folder_are_not_followed(tmp_path, words, call):
     assert "key outside" in result.stdout and "../../out" in result.stdout
 
 
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_a_key_list_that_would_run_code_is_refused(tmp_path, words, call):
+    root = build(tmp_path / "data")
+    path = write(root / "train/filenames.pickle", pickle.dumps(["0", Trap()]))
+    for script in ("prepare.py", "train.py"):
+        assert_refused(call(script, *words(root, "data.layout=face")), str(path), "mkdir", "refused")
+    assert not (ROOT / "executed").exists()
+
+
 @pytest.mark.parametrize("layout", ["bird", "flower", "face", "coco", "folder"])
 def test_pixels_and_captions_of_every_layout(layout, tmp_path, words, call):
     """What training reads of a key, against a few lines of Pillow on files laid out by hand."""

@@ -1,9 +1,11 @@
 """Sampling through the real entry point: pictures, seeds, and mistakes."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
-from helpers import assert_refused, released_weights, run
+from helpers import ROOT, assert_refused, released_weights, run
 from PIL import Image
 
 from ratlip.sampling import seeded_noise
@@ -61,6 +63,18 @@ def test_mistakes_end_in_one_line(arguments, parts, tmp_path):
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
     result = run("sample.py", "cfg/demo.yml", UNTRAINED, *arguments, "--out", tmp_path / "out", environment=hidden)
     assert_refused(result, *parts)
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, call):
+    torch.save({"model": {"netG": Trap()}}, tmp_path / "trap.pth")
+    result = call("sample.py", "cfg/demo.yml", CAPTION, "--checkpoint", tmp_path / "trap.pth")
+    assert_refused(result, "trap.pth", "refused", "mkdir")
+    assert not (ROOT / "executed").exists()
 
 
 def test_nothing_trained_says_what_to_run():

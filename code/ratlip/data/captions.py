@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ratlip import checkpoint, distributed
 from ratlip.clip_towers import FrozenClip
+from ratlip.data.journal import READ_ONLY
 from ratlip.errors import UserError
 
 EMBED_BATCH = 256
@@ -66,7 +67,10 @@ def embed(table: CaptionTable, clip: FrozenClip, cache: Path | None = None) -> T
         return kept
     distinct = sorted(set(table.texts))
     rows = path.with_suffix(".rows") if path else None  # those encoded so far
-    embedded = _encode(distinct, clip, rows)
+    try:
+        embedded = _encode(distinct, clip, rows)
+    except OSError as error:
+        raise UserError(READ_ONLY.format(rows, error.strerror)) from None
     place = {text: i for i, text in enumerate(distinct)}
     sentences = embedded[[place[text] for text in table.texts]]
     if path and rows:

@@ -14,6 +14,11 @@ from tqdm import tqdm
 from ratlip import distributed
 from ratlip.errors import UserError
 
+READ_ONLY = (
+    "{}: cannot be written ({}), and there is kept what was found out about the data; "
+    "where that is read-only, set data.dir to a folder of links to it"
+)
+
 
 class Journal:
     """What was found about files, a line of JSON each, written as soon as it is known.
@@ -28,9 +33,9 @@ class Journal:
         for line in path.read_bytes().splitlines() if path.is_file() else ():
             try:
                 name, state, result = json.loads(line)
+                self.known[name] = (state, result)
             except (ValueError, TypeError):
                 continue
-            self.known[name] = (state, result)
 
     def find(self, name: str, state: list) -> Any:
         """What is known of a file in this state; None if nothing is."""
@@ -46,10 +51,7 @@ class Journal:
                     file.write(b"\n")
                 file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
         except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}), and there is kept what was found out about the "
-                "data; where that is read-only, set data.dir to a folder of links to it"
-            ) from None
+            raise UserError(READ_ONLY.format(self.path, error.strerror)) from None
         self.known.update({name: (state, result) for name, state, result in entries})
 
     @staticmethod
