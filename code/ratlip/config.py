@@ -33,6 +33,7 @@ AT_LEAST = {
     "model.d_channels": 4,
     "model.d_start": 0.0,
     "train.batch_size": 2,  # the mismatched caption is another image's
+    "train.mismatch_pool": 1,
     "train.max_epoch": 1,
     "train.seed": 0,
     "train.lr_g": 0.0,

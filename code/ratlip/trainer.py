@@ -165,14 +165,21 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     with distributed.first_process_first():
         items, test_items = (usable_items(config, split) for split in ("train", "test"))
     table = captions.CaptionTable([item.captions for item in items])
-    rank, world_size = distributed.rank(), distributed.world_size()
-    shards = shard_numbers(items)
-    batches = EpochBatches(table, config.train.batch_size, config.train.seed, rank, world_size, shards)
+    with distributed.first_process_first():
+        sentences = captions.embed(table, clip, cache_folder(config.data))
+        evaluator = Evaluator(config, clip, test_items, precision)
+    batches = EpochBatches(
+        table,
+        config.train.batch_size,
+        config.train.seed,
+        distributed.rank(),
+        distributed.world_size(),
+        config.train.mismatch_pool,
+        sentences,
+        shard_numbers(items),
+    )
     images = TrainingImages(items, config.model.imsize, config.data.enlarge, config.data.flip, config.train.seed)
     loader = training_loader(images, batches, config.data.num_workers, pin=place.type == "cuda")
-    with distributed.first_process_first():
-        sentences = captions.embed(table, clip, cache_folder(config.data)).to(place)
-        evaluator = Evaluator(config, clip, test_items, precision)
 
     generator = build.generator_of(config, clip).to(place, memory_format=torch.channels_last)
     discriminator = build.discriminator_of(config, clip).to(place, memory_format=torch.channels_last)
@@ -181,7 +188,7 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
         ema = build.generator_of(config, clip).to(place, memory_format=torch.channels_last).eval().requires_grad_(False)
         ema.load_state_dict(generator.state_dict())
     total_steps = len(batches) * config.train.max_epoch
-    training = Training(config.train, clip, generator, discriminator, ema, sentences, precision, total_steps)
+    training = Training(config.train, clip, generator, discriminator, ema, sentences.to(place), precision, total_steps)
     return training, batches, loader, evaluator
 
 

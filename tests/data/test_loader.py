@@ -97,6 +97,28 @@ def test_processes_share_the_same_global_batches():
                 assert set().union(*shares) == set(batch)
 
 
+def test_mismatched_captions_are_the_most_similar_of_a_pool():
+    # Embeddings on a circle, so that a caption's neighbours in the table are the most similar ones.
+    captions = CaptionTable([[f"picture {i}", f"picture {i}, again"] for i in range(50)])
+    angles = torch.linspace(0, 6.2, 100)
+    sentences = torch.stack([angles.cos(), angles.sin()], dim=1) * torch.rand(100, 1)
+
+    def distances(pool: int) -> list[int]:
+        drawn = [d for n in range(4) for b in epoch(EpochBatches(captions, 5, 1, 0, 1, pool, sentences), n) for d in b]
+        assert all(captions.texts[draw.mismatched_row] not in captions.own(draw.image) for draw in drawn)
+        return [min((d.row - d.mismatched_row) % 100, (d.mismatched_row - d.row) % 100) for d in drawn]
+
+    # The nearest of n places at random on half a circle of 50 is 50 / (n + 1) away in the mean.
+    for pool in (1, 4, 24):
+        assert np.mean(distances(pool)) == pytest.approx(50 / (pool + 1), rel=0.25, abs=1)
+    # Of very many it is the nearest that is not the image's own.
+    assert max(distances(2000)) <= 2
+    # The same for any number of processes.
+    alone = epoch(EpochBatches(captions, 4, 3, 0, 1, 8, sentences), 0)
+    ranks = [epoch(EpochBatches(captions, 4, 3, rank, 2, 8, sentences), 0) for rank in range(2)]
+    assert [set(batch) for batch in alone] == [set(a) | set(b) for a, b in zip(*ranks, strict=True)]
+
+
 def test_impossible_batches_are_refused():
     with pytest.raises(UserError, match="train.batch_size: 8 is larger than the 7"):
         EpochBatches(table(7), 8, seed=0)

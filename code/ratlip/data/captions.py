@@ -38,15 +38,16 @@ class CaptionTable:
         """A random caption row for each of `images`."""
         return rng.integers(self.starts[images], self.starts[images + 1])
 
-    def mismatched(self, images: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """For each image of a batch the caption row of another one: the next in the batch, unless that text is
-        also a caption of this image, then the next but one, and so on; failing all, a row of the whole table."""
+    def mismatched(self, images: np.ndarray, rows: np.ndarray, preferred: np.ndarray | None = None) -> np.ndarray:
+        """For each image of a batch the caption row of another one: the first whose text is not also a caption of
+        this image among its `preferred` rows (B, K), then the batch's own `rows` from the next on, then all rows."""
         result = []
         for i, image in enumerate(images):
             own = set(self.own(image))
+            first = () if preferred is None else preferred[i]
             others = (rows[(i + shift) % len(rows)] for shift in range(1, len(rows)))
             anywhere = (int(rows[i] + shift) % len(self.texts) for shift in range(1, len(self.texts)))
-            other = next((row for row in chain(others, anywhere) if self.texts[row] not in own), None)
+            other = next((row for row in chain(first, others, anywhere) if self.texts[row] not in own), None)
             if other is None:
                 raise UserError(
                     f"every caption of the data set is a caption of image number {image}: no mismatch exists"

@@ -105,11 +105,11 @@ def shape_mask(shape: np.ndarray, cx: np.ndarray, cy: np.ndarray, radius: np.nda
         r = radius[rows].astype(np.float32)[:, None, None]
         x = (pixel - cx[rows, None].astype(np.float32))[:, None, :] / r
         y = (pixel - cy[rows, None].astype(np.float32))[:, :, None] / r
-        mask[rows] = np.clip(0.5 - _distance(SHAPES[index], x, y) * r, 0, 1)
+        mask[rows] = np.clip(0.5 - shape_distance(SHAPES[index], x, y) * r, 0, 1)
     return mask
 
 
-def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def shape_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Signed distance (negative inside) from (x, y), y down, to the shape of radius 1 centred at the origin.
 
     The sizes are chosen so that all shapes look equally large and fit a box of half-width 1.05.

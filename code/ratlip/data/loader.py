@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -41,6 +42,9 @@ class EpochBatches(Sampler[list[Draw]]):
     does not change them. Images that do not fill the last batch are left to another epoch.
 
     Args:
+        batch_size: over all processes together.
+        mismatch_pool: the mismatched caption is the most similar of this many random ones, by the cosine of
+            `sentences`, the captions' embeddings (R, E) on the CPU; 1: the next one of the batch, as published.
         shards: for each image the number of the shard it lies in. Shards then come in random order, and images mix
             over OPEN_SHARDS of them at a time: the disk is read in sweeps, not here and there.
     """
@@ -52,12 +56,16 @@ class EpochBatches(Sampler[list[Draw]]):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        mismatch_pool: int = 1,
+        sentences: Tensor | None = None,
         shards: np.ndarray | None = None,
     ):
         self.table = table
         self.shards = shards
-        self.batch_size = batch_size  # global
+        self.batch_size = batch_size
         self.seed = seed
+        self.mismatch_pool = mismatch_pool
+        self.directions = F.normalize(sentences, dim=1) if mismatch_pool > 1 else None
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
         if batch_size > len(table.starts) - 1:
@@ -79,9 +87,16 @@ class EpochBatches(Sampler[list[Draw]]):
         rows = self.table.draw(order, rng)
         for i in range(0, len(self) * self.batch_size, self.batch_size):
             images, own = order[i : i + self.batch_size], rows[i : i + self.batch_size]
-            mismatched = self.table.mismatched(images, own)
+            similar = self._similar(own, rng) if self.mismatch_pool > 1 else None
+            mismatched = self.table.mismatched(images, own, similar)
             share = zip(images.tolist(), own.tolist(), mismatched.tolist(), strict=True)
             yield [Draw(self.epoch, *place) for place in list(share)[self.rank :: self.world_size]]
+
+    def _similar(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """For each of the caption rows (B,) a random pool of rows (B, mismatch_pool), the most similar first."""
+        pool = rng.integers(len(self.directions), size=(len(rows), self.mismatch_pool))
+        cosines = torch.einsum("be,bpe->bp", self.directions[rows], self.directions[pool])
+        return np.take_along_axis(pool, cosines.argsort(dim=1, descending=True, stable=True).numpy(), axis=1)
 
 
 class TrainingImages(Dataset):
