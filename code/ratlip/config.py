@@ -41,6 +41,7 @@ AT_LEAST = {
     "eval.sample_times": 1,
     "eval.samples": 0,
     "eval.batch_size": 1,
+    "eval.released_images": 2,
     "log.gen_interval": 1,
     "log.test_interval": 1,
     "log.save_interval": 1,
@@ -67,6 +68,7 @@ FLAT = {
     "test_interval": "log.test_interval",
     "save_interval": "log.save_interval",
     "sample_times": "eval.sample_times",
+    "npz_path": "eval.released_npz",
 }
 FLAT_VALUES = {
     "model.name": lambda value: "galip" if "galip" in str(value).lower() else "ratlip",
@@ -77,7 +79,14 @@ FLAT_VALUES = {
     "clip.weights": lambda value: value.get("type") if isinstance(value, dict) else value,
 }
 
-OPTIONAL = {"model.shipped": str, "clip.feature_blocks": list, "clip.prompt_blocks": list}  # null, or of this type
+OPTIONAL = {  # null, or of this type
+    "model.shipped": str,
+    "clip.feature_blocks": list,
+    "clip.prompt_blocks": list,
+    "eval.inception_weights": str,
+    "eval.inception_released_weights": str,
+    "eval.released_npz": str,
+}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:

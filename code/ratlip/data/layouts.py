@@ -157,13 +157,18 @@ def _pickled_keys(root: Path, layout: Layout, split: str) -> list[str]:
     return [key.strip() for key in keys]
 
 
-def _images_by_key(root: Path) -> dict[str, Path]:
-    """Pictures below images/ by their path without suffix."""
-    folder = root / "images"
+def find_pictures(folder: Path) -> list[Path]:
+    """The picture files below a folder, sorted."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise UserError(f"{folder}: no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}) below it")
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
+    return paths
+
+
+def _images_by_key(root: Path) -> dict[str, Path]:
+    """Pictures below images/ by their path without suffix."""
+    folder = root / "images"
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in find_pictures(folder)}
 
 
 def _folder_keys(root: Path, split: str, images: dict[str, Path]) -> list[str]:
