@@ -61,6 +61,8 @@ def evaluate(
     else:
         generator, clip, loaded = load_generator(resolved, checkpoint or find_checkpoint(resolved))
         generator.to(place)
+        if resolved.clip.preprocess == "released":  # the papers' CLIP score, of a checkpoint of ours too
+            clip.preprocess = "released"
     distributed.say(loaded)
     items = None
     if not (images and against):

@@ -6,7 +6,7 @@ import clip.model
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, released_weights, small_clip_model
+from helpers import ROOT, random_inception, released_weights, small_clip_model
 from PIL import Image
 
 from ratlip.clip_towers import FrozenClip, load_clip
@@ -57,3 +57,11 @@ def demo_folder(tmp_path_factory) -> Path:
             (folder / "text" / f"{keys[-1]}.txt").write_text("\n".join(demo.captions(attributes, rng, 3)))
         (folder / f"{split}.txt").write_text("\n".join(keys))
     return folder
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory) -> Path:
+    """Random weights as a file of torch-fidelity's Inception."""
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save(random_inception(), path)
+    return path

@@ -75,7 +75,7 @@ def assert_refused(result: subprocess.CompletedProcess, *parts: str) -> None:
 
 def random_inception() -> dict[str, torch.Tensor]:
     """Seeded weights of torch-fidelity's Inception, of a scale that keeps pictures apart up to its last features."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
         weights = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False).state_dict()
         for name, weight in weights.items():

@@ -4,6 +4,7 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +88,8 @@ def save(path: Path, reference: Reference, space: Space, protocol: str, pictures
             np.savez(file, **content)
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise UserError(f"could not write {path} ({error}); earlier files are untouched") from None
 
 
