@@ -28,7 +28,8 @@ def main() -> None:
     items = preparation.check(resolved)
     if words.resize:
         preparation.resize(resolved, items["train"])
-    preparation.embed_captions(resolved, items)
+    clip = preparation.embed_captions(resolved, items)
+    preparation.write_statistics(resolved, clip, items["test"])
 
 
 if __name__ == "__main__":

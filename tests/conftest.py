@@ -9,7 +9,7 @@ import clip.model
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, released_weights, small_clip_model
+from helpers import ROOT, random_inception, released_weights, small_clip_model
 from PIL import Image
 
 from ratlip.clip_towers import FrozenClip, load_clip
@@ -78,3 +78,11 @@ def call(monkeypatch, capfd):
         return subprocess.CompletedProcess([script, *words], code, *capfd.readouterr())
 
     return call
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory) -> Path:
+    """Random weights as a file of torch-fidelity's Inception."""
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save(random_inception(), path)
+    return path

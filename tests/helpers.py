@@ -10,6 +10,7 @@ import clip.model
 import numpy as np
 import torch
 from data import fill
+from torchvision.models import inception_v3
 
 ROOT = Path(__file__).resolve().parents[1]
 SALT = "developers"
@@ -70,3 +71,16 @@ def assert_refused(result: subprocess.CompletedProcess, *parts: str) -> None:
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     for part in parts:
         assert part in lines[0], (part, lines[0])
+
+
+def random_inception() -> dict[str, torch.Tensor]:
+    """Seeded weights of torch-fidelity's Inception, of a scale that keeps pictures apart up to its last features."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        weights = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False).state_dict()
+        for name, weight in weights.items():
+            if weight.ndim > 1:
+                weight.normal_(std=(2 / weight[0].numel()) ** 0.5)
+            elif name.endswith("bn.bias"):
+                weight.normal_(std=0.1)
+    return weights

@@ -87,8 +87,9 @@ def test_a_released_flat_file_runs_unchanged(write, capsys):
     assert (loaded.model.name, loaded.data.layout, loaded.data.dir) == ("galip", "bird", "../data/birds")
     assert (loaded.model.imsize, loaded.model.nf, loaded.clip.weights) == (256, 64, "ViT-B/32")
     assert (loaded.train.batch_size, loaded.train.max_epoch, loaded.train.device) == (32, 3, "auto")
+    assert loaded.eval.released_npz == "x.npz"
     (line,) = capsys.readouterr().out.splitlines()
-    assert "read as a released GALIP" in line and line.endswith("cond_dim, clip4text, state_epoch, npz_path")
+    assert "read as a released GALIP" in line and line.endswith("cond_dim, clip4text, state_epoch")
     with pytest.raises(UserError, match="train.batch_size must be of type int, not 'many'"):
         config.load(write("dataset_name: birds\nbatch_size: many"))
     with pytest.raises(UserError, match="data.layout must be one of .*, not 'cifar'"):

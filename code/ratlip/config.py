@@ -43,6 +43,7 @@ AT_LEAST = {
     "eval.sample_times": 1,
     "eval.samples": 0,
     "eval.batch_size": 1,
+    "eval.released_images": 2,
     "log.gen_interval": 1,
     "log.test_interval": 1,
     "log.save_interval": 1,
@@ -69,6 +70,7 @@ FLAT = {
     "test_interval": "log.test_interval",
     "save_interval": "log.save_interval",
     "sample_times": "eval.sample_times",
+    "npz_path": "eval.released_npz",
 }
 
 
@@ -93,6 +95,9 @@ OPTIONAL = {  # null, or of this type
     "model.shipped": str,
     "clip.feature_blocks": list,
     "clip.prompt_blocks": list,
+    "eval.inception_weights": str,
+    "eval.inception_released_weights": str,
+    "eval.released_npz": str,
 }
 
 

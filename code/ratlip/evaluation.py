@@ -1,86 +1,209 @@
-"""Evaluation: generate images for the test captions and feed every metric in one pass over them."""
+"""Evaluation: generate images for the test captions, or read pictures, and feed every metric in one pass over them."""
 
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from easydict import EasyDict
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ratlip import distributed
 from ratlip.clip_towers import FrozenClip
 from ratlip.data import captions
 from ratlip.data.inventory import cache_folder
-from ratlip.data.layouts import Item
-from ratlip.data.loader import TestImages
+from ratlip.data.layouts import Item, find_pictures, read_captions
+from ratlip.data.loader import EnlargedTestImages, Pictures, TestImages, same_size_batches
 from ratlip.errors import UserError
-from ratlip.metrics import METRICS
-from ratlip.metrics.frechet import Moments
-from ratlip.metrics.scored import Scored
+from ratlip.metrics import METRICS, reference
+from ratlip.metrics.features import SPACES, MissingWeights, Space, padded
+from ratlip.metrics.metric import Scored
+from ratlip.metrics.reference import Reference
 from ratlip.models.generator import Generator
 from ratlip.sampling import generate, seeded_noise
 
 NOISE_SEED = 0  # sample i is the same image in every evaluation of the same weights
 
 
+class Scorer:
+    """Scores pictures, whoever made them, by the metrics of `eval.metrics`; all that does not depend on them is
+    made once. Statistics of the test split are kept in `<data.dir>/stats/`; this is what makes them.
+
+    Args:
+        config: resolved; its `eval`, `data`, `clip` and `model.imsize` are read.
+        clip: on the device that computes.
+        items: the test split, for the real pictures. None where `against` is given.
+        against: a folder of pictures that takes the test split's place.
+
+    Raises:
+        UserError: an unknown metric, or a file of statistics that was made otherwise.
+    """
+
+    def __init__(
+        self, config: EasyDict, clip: FrozenClip, items: Sequence[Item] | None = None, against: Path | None = None
+    ):
+        asked = list(dict.fromkeys(config.eval.metrics))
+        unknown = [name for name in asked if name not in METRICS]
+        if unknown or not asked:
+            raise UserError(f"eval.metrics: {unknown or 'empty'}; there are {', '.join(METRICS)}")
+        if "caption_accuracy" in asked and config.data.layout != "demo":
+            raise UserError("eval.metrics: caption_accuracy reads the demo's shapes; it needs data.layout demo")
+        self.config, self.clip, self.device = config, clip, clip.mean.device
+        self.spaces: dict[str, Space] = {}
+        self.references: dict[str, Reference] = {}
+        self.missing: list[str] = []  # metrics whose weights are not there
+        for name in dict.fromkeys(METRICS[name].space for name in asked if METRICS[name].space):
+            users = [metric for metric in asked if METRICS[metric].space == name]
+            try:
+                self.spaces[name] = SPACES[name](config, clip)
+            except MissingWeights as error:
+                self.missing += users
+                if distributed.rank() == 0:
+                    print(f"without {', '.join(users)}: {error}", file=sys.stderr, flush=True)
+                continue
+            if any(METRICS[metric].against_real for metric in users):
+                self.references[name] = self._reference(self.spaces[name], items, against)
+        self.names = [name for name in asked if name not in self.missing]
+
+    def __call__(self, batches: Iterable[Scored], count: int, captioned: bool = True) -> dict[str, float]:
+        """Scores by name, with "images" and "seconds", and "seconds/<stage>" of each stage.
+
+        Args:
+            batches: this process's share, features still to be computed.
+            count: pictures over all processes.
+        """
+        stages = Stages(self.device)
+        names = self._applicable(captioned)
+        metrics = [kind(self.references.get(kind.space), count) for kind in _kinds(names)]
+        spaces = [self.spaces[name] for name in dict.fromkeys(metric.space for metric in metrics) if name]
+        quiet = distributed.rank() > 0 or None  # None: no bar where there is no terminal
+        left = iter(batches if metrics else ())
+        with tqdm(total=count, desc="evaluation", unit="image", leave=False, disable=quiet) as bar:
+            while True:
+                with stages("generate"):  # or read
+                    scored = next(left, None)
+                if scored is None:
+                    break
+                with stages("features"):
+                    scored.features.update((space.name, space(scored.images)) for space in spaces)
+                with stages("statistics"):
+                    for metric in metrics:
+                        metric.update(scored)
+                bar.update(len(scored.images) * distributed.world_size())
+
+        scores = {}
+        with stages("statistics"):
+            for metric in metrics:
+                distributed.sum_over_processes(metric.totals, self.device)
+        with stages("distance"):
+            for metric in metrics:
+                scores.update(metric.compute())
+        scores = {name: value for name, value in scores.items() if name.split("/")[0] in names}
+        return {**scores, "images": count if metrics else 0, **stages.seconds()}
+
+    def protocols(self, count: int, captioned: bool = True) -> dict[str, str]:
+        """How each score of `count` pictures comes about, in words: what must be the same for two to compare."""
+        found = {}
+        for name in self._applicable(captioned):
+            kind = METRICS[name]
+            if kind.space is None:
+                continue
+            space, real = self.spaces[kind.space], self.references.get(kind.space)
+            parts = [f"{space.protocol}, weights {space.checksum}"]
+            if kind.against_real:
+                parts += [f"against {real.source}", kind.caveat(real, count)]
+            found[name] = "; ".join(part for part in parts if part)
+        return found
+
+    def better(self, scores: dict[str, float], than: dict[str, float] | None) -> bool:
+        """Whether `scores` beat `than` in the first metric there is."""
+        if not self.names:
+            return False
+        first = self.names[0]
+        if than is None or first not in than:
+            return True
+        difference = scores[first] - than[first]
+        return difference > 0 if METRICS[first].higher_is_better else difference < 0
+
+    def _applicable(self, captioned: bool) -> list[str]:
+        return [name for name in self.names if captioned or not METRICS[name].needs_captions]
+
+    def _reference(self, space: Space, items: Sequence[Item] | None, against: Path | None) -> Reference:
+        """Read where there is a file, else measured and, for the test split, kept."""
+        settings, imsize = self.config.eval, self.config.model.imsize
+        released = space.name == "inception_released"
+        loading = (space, self.device, settings.batch_size, self.config.data.num_workers)
+        if against is not None:
+            pictures = Pictures(find_pictures(against))
+            _need_two(len(pictures), f"{against} as the reference")
+            return reference.measure(pictures, *loading, f"{len(pictures):,} pictures of {against}")
+        if released and settings.released_npz:
+            path = Path(settings.released_npz)
+            if not path.is_file():
+                raise UserError(f"eval.released_npz: no file {path}; null makes statistics of the test split")
+            expected = {"protocol": space.protocol, "weights": space.checksum}
+            return reference.load(path, space, self.device, expected, bare=True)
+
+        _need_two(len(items), "the test split")
+        pictures, protocol = TestImages(items, imsize), f"{space.protocol}; {imsize} px, centre"
+        if released:
+            pictures = EnlargedTestImages(pictures, max(1, round(settings.released_images / len(items))))
+            protocol += f"; {pictures.copies} views of each"
+        folder = cache_folder(self.config.data).with_name("stats")
+        path = folder / f"{space.statistics}_test_{imsize}_{len(pictures)}.npz"
+        facts = {"protocol": protocol, "weights": space.checksum, "count": len(pictures)}
+        facts["pictures"] = reference.fingerprint(items)
+        if distributed.same(str(path.is_file())) == "False":  # one answer for all, while the first may be writing
+            measured = reference.measure(pictures, *loading, "")
+            reference.save(path, measured, space, protocol, facts["pictures"])
+            distributed.same("")  # the file is there for everybody
+        return reference.load(path, space, self.device, facts, bare=released)
+
+
 class Evaluator:
-    """Scores generators on the test split; what does not depend on the generator is computed once.
+    """Scores generators on the test split.
 
     Sample i shows test image i mod n, with its next caption on every further pass, and noise that depends on i
     alone: neither the batch size nor the number of processes changes it.
 
     Args:
-        config: resolved; its `eval`, `data` and `model.imsize` are read.
-        clip: on the device that evaluates.
+        scorer: of pictures. Its configuration says how many samples there are, its CLIP encodes the captions.
         items: the test split.
+        precision: "fp32" or "bf16", of generating; features are always computed in float32.
     """
 
-    def __init__(self, config: EasyDict, clip: FrozenClip, items: Sequence[Item], precision: str = "fp32"):
-        self.names = config.eval.metrics
-        unknown = [name for name in self.names if name not in METRICS]
-        if unknown or not self.names:
-            raise UserError(f"eval.metrics: {unknown or 'empty'}; there are {', '.join(METRICS)}")
-        if "caption_accuracy" in self.names and config.data.layout != "demo":
-            raise UserError("eval.metrics: caption_accuracy reads the demo's shapes; it needs data.layout demo")
-        self.clip, self.precision = clip, precision
-        self.batch_size = config.eval.batch_size
-        self.samples = config.eval.samples or config.eval.sample_times * len(items)
-        if min(len(items), self.samples) < 2:
-            raise UserError(f"evaluation needs at least 2 test images and 2 samples, not {len(items)}, {self.samples}")
+    def __init__(self, scorer: Scorer, items: Sequence[Item], precision: str = "fp32"):
+        self.scorer, self.precision = scorer, precision
+        settings = scorer.config.eval
+        self.batch_size = settings.batch_size
+        self.samples = settings.samples or settings.sample_times * len(items)
+        _need_two(self.samples, "eval.samples")
         self.table = captions.CaptionTable([item.captions for item in items])
-        self.sentences = captions.embed(self.table, clip, cache_folder(config.data)).to(clip.mean.device)
-        self.reference = self._reference(TestImages(items, config.model.imsize), config.data.num_workers)
+        with distributed.first_process_first():
+            sentences = captions.embed(self.table, scorer.clip, cache_folder(scorer.config.data))
+        self.sentences = sentences.to(scorer.device)
+        self.better = scorer.better
+        self.protocols = scorer.protocols(self.samples)
 
     def __call__(self, generator: Generator) -> dict[str, float]:
-        """Scores of a generator, by name: those of every metric, "images" (how many) and "seconds"."""
-        started, training = time.time(), generator.training
-        generator.eval()
-        metrics = [METRICS[name](self.reference) for name in self.names]
-        numbers = range(distributed.rank(), self.samples, distributed.world_size())
-        batches = [numbers[i : i + self.batch_size] for i in range(0, len(numbers), self.batch_size)]
-        quiet = distributed.rank() > 0 or None  # None: no bar where there is no terminal
-        for batch in tqdm(batches, desc="evaluation", unit="batch", leave=False, disable=quiet):
-            rows = [self._row(number) for number in batch]
-            noise = seeded_noise(NOISE_SEED, batch, generator.noise_dim).to(self.sentences.device)
-            images = generate(generator, noise, self.sentences[rows], self.precision)
-            scored = Scored(images, [self.table.texts[row] for row in rows], self.sentences[rows], self.clip)
-            for metric in metrics:
-                metric.update(scored)
+        """Scores of a generator, by name. Its mode, its statistics and all random states are left as they were."""
+        training = generator.training
+        scores = self.scorer(self._generated(generator.eval()), self.samples)
         generator.train(training)
-        scores = {}
-        for metric in metrics:
-            distributed.sum_over_processes(metric.totals, self.sentences.device)
-            scores.update(metric.compute())
-        return {**scores, "images": self.samples, "seconds": time.time() - started}
+        return scores
 
-    def better(self, scores: dict[str, float], than: dict[str, float] | None) -> bool:
-        """Whether `scores` beat `than` in the first metric."""
-        first = METRICS[self.names[0]]
-        if than is None:
-            return True
-        difference = scores[first.name] - than[first.name]
-        return difference > 0 if first.higher_is_better else difference < 0
+    def _generated(self, generator: Generator) -> Iterator[Scored]:
+        """This process's share of the samples."""
+        numbers = range(distributed.rank(), self.samples, distributed.world_size())
+        for batch in (numbers[i : i + self.batch_size] for i in range(0, len(numbers), self.batch_size)):
+            rows = [self._row(number) for number in batch]
+            sentences = self.sentences[rows]
+            noise = seeded_noise(NOISE_SEED, batch, generator.noise_dim).to(sentences.device)
+            images = generate(generator, padded(noise), padded(sentences), self.precision)[: len(batch)]
+            yield Scored(torch.tensor(batch), images, [self.table.texts[row] for row in rows], sentences)
 
     def _row(self, number: int) -> int:
         """Caption row of sample `number`."""
@@ -88,19 +211,63 @@ class Evaluator:
         start, end = self.table.starts[image : image + 2]
         return int(start + turn % (end - start))
 
-    def _reference(self, images: TestImages, num_workers: int) -> Moments:
-        """Moments of the CLIP embeddings of the real test images."""
-        moments = Moments(self.clip.embedding_dim)
-        loader = DataLoader(images, self.batch_size, num_workers=num_workers)
-        quiet = distributed.rank() > 0 or None
-        with torch.no_grad():
-            for batch, _ in tqdm(loader, desc="features of real images", unit="batch", leave=False, disable=quiet):
-                moments.update(self.clip.image(batch.to(self.clip.mean.device))[1])
-        return moments
+
+def score_folder(scorer: Scorer, folder: Path) -> tuple[dict[str, float], dict[str, str]]:
+    """Scores, and protocols, of the pictures in a folder, as they are.
+
+    A picture's caption is the first line of the file of its name with .txt beside it; without any such files, the
+    metrics that need captions are left out.
+    """
+    paths = find_pictures(folder)
+    _need_two(len(paths), str(folder))
+    texts, sentences = None, None
+    if any(path.with_suffix(".txt").is_file() for path in paths):
+        texts = [read_captions(path.with_suffix(".txt"))[0] for path in paths]
+        sentences = captions.embed(captions.CaptionTable([[text] for text in texts]), scorer.clip).to(scorer.device)
+
+    def batches() -> Iterator[Scored]:
+        own = Subset(Pictures(paths), range(distributed.rank(), len(paths), distributed.world_size()))
+        size, workers = scorer.config.eval.batch_size, scorer.config.data.num_workers
+        for groups in DataLoader(own, size, num_workers=workers, collate_fn=same_size_batches):
+            for images, numbers in groups:
+                captioned = ([texts[n] for n in numbers], sentences[numbers]) if texts else (None, None)
+                yield Scored(numbers, images.to(scorer.device), *captioned)
+
+    return scorer(batches(), len(paths), texts is not None), scorer.protocols(len(paths), texts is not None)
+
+
+class Stages:
+    """Seconds spent in each stage, waiting for what the device still has to do."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.started = device, time.time()
+        self.spent = dict.fromkeys(("generate", "features", "statistics", "distance"), 0.0)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.time()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.spent[stage] += time.time() - started
+
+    def seconds(self) -> dict[str, float]:
+        """{"seconds": since the beginning, "seconds/<stage>": ...}."""
+        return {"seconds": time.time() - self.started, **{f"seconds/{name}": t for name, t in self.spent.items()}}
+
+
+def _kinds(names: Sequence[str]) -> list[type]:
+    """The classes of these metrics, each once: one class may have several names."""
+    return list(dict.fromkeys(METRICS[name] for name in names))
+
+
+def _need_two(count: int, what: str) -> None:
+    if count < 2:
+        raise UserError(f"evaluation needs at least 2 test images and 2 samples; {what}: {count}")
 
 
 def scores_table(columns: dict[str, dict[str, float]]) -> str:
-    """Scores side by side: {"start": {...}, "end": {...}} -> lines of text, a metric each."""
+    """Scores side by side: {"start": {...}, "end": {...}} -> lines of text, a score each."""
     names = list(dict.fromkeys(name for scores in columns.values() for name in scores))
     width = max(map(len, names))
     lines = [" " * width + "".join(f"{title:>12}" for title in columns)]

@@ -58,14 +58,10 @@ class Monitor:
             left = spent / epoch * (epochs - epoch)
             print(f"epoch {epoch}/{epochs}  {_losses(values)}  {_minutes(spent)}, {_minutes(left)} left", flush=True)
 
-    def scores(self, scores: dict[str, float], epoch: int, step: int) -> None:
-        """One evaluation: a line of metrics.jsonl, and TensorBoard scalars below `scores/`."""
-        if not self.active:
-            return
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"epoch": epoch, "step": step, **scores}) + "\n")
-        for name, value in scores.items():
-            self.board.add_scalar(f"scores/{name}", value, step)
+    def scores(self, scores: dict[str, float], protocols: dict[str, str], epoch: int, step: int) -> None:
+        """One evaluation, and how its scores came about."""
+        if self.active:
+            write_scores(self.folder, self.board, scores, {"epoch": epoch, "step": step}, protocols)
 
     def grid(self, image: Image.Image, epoch: int, step: int) -> None:
         """A sample grid, as PNG and in TensorBoard."""
@@ -78,6 +74,16 @@ class Monitor:
         self.bar.close()
         if self.active:
             self.board.close()
+
+
+def write_scores(
+    folder: Path, board: SummaryWriter, scores: dict[str, float], what: dict[str, object], protocols: dict[str, str]
+) -> None:
+    """One evaluation: a line of metrics.jsonl that says of `what`, and TensorBoard scalars below `scores/`."""
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({**what, **scores, "protocols": protocols}) + "\n")
+    for name, value in scores.items():
+        board.add_scalar(f"scores/{name}", value, what.get("step", 0))
 
 
 def _losses(values: dict[str, Tensor]) -> str:

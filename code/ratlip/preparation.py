@@ -1,4 +1,4 @@
-"""What `prepare.sh` does to a data set before training: checks it and says what is wrong, then fills its cache."""
+"""What `prepare.sh` does to a data set before training: checks it, then computes what training and scoring need."""
 
 from collections import Counter
 
@@ -10,6 +10,7 @@ from ratlip.data import captions
 from ratlip.data.inventory import MAX_LOST, Stock, cache_folder, loss, take_stock, too_many_lost, write_copies
 from ratlip.data.layouts import Item, Problem
 from ratlip.errors import UserError
+from ratlip.evaluation import Scorer
 
 SPLITS = ("train", "test")
 
@@ -75,3 +76,9 @@ def embed_captions(config: EasyDict, items: dict[str, list[Item]]) -> FrozenClip
         captions.embed(captions.CaptionTable([item.captions for item in own]), clip, cache_folder(config.data))
     print(f"caption embeddings  {cache_folder(config.data)}")
     return clip
+
+
+def write_statistics(config: EasyDict, clip: FrozenClip, items: list[Item]) -> None:
+    """Measure the real test pictures for each metric of `eval.metrics` that compares with them, unless it is there."""
+    for reference in Scorer(config, clip, items).references.values():
+        print(f"statistics          {reference.source}")

@@ -20,7 +20,7 @@ from ratlip.clip_towers import FrozenClip
 from ratlip.data import captions
 from ratlip.data.inventory import cache_folder, usable_items
 from ratlip.data.loader import Batch, EpochBatches, TrainingImages, shard_numbers, training_loader
-from ratlip.evaluation import Evaluator, scores_table
+from ratlip.evaluation import Evaluator, Scorer, scores_table
 from ratlip.models.discriminator import Discriminator
 from ratlip.models.generator import Generator
 from ratlip.monitor import Monitor, captioned_grid
@@ -167,7 +167,6 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     table = captions.CaptionTable([item.captions for item in items])
     with distributed.first_process_first():
         sentences = captions.embed(table, clip, cache_folder(config.data))
-        evaluator = Evaluator(config, clip, test_items, precision)
     batches = EpochBatches(
         table,
         config.train.batch_size,
@@ -180,6 +179,7 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     )
     images = TrainingImages(items, config.model.imsize, config.data.enlarge, config.data.flip, config.train.seed)
     loader = training_loader(images, batches, config.data.num_workers, pin=place.type == "cuda")
+    evaluator = Evaluator(Scorer(config, clip, test_items), test_items, precision)
 
     generator = build.generator_of(config, clip).to(place, memory_format=torch.channels_last)
     discriminator = build.discriminator_of(config, clip).to(place, memory_format=torch.channels_last)
@@ -208,7 +208,7 @@ def train(config: EasyDict) -> None:
     )
 
     first = best = evaluator(t.ema or t.generator)
-    monitor.scores(first, t.epoch, t.step)
+    monitor.scores(first, evaluator.protocols, t.epoch, t.step)
     monitor.grid(sample_grid(t, evaluator), t.epoch, t.step)
     while t.epoch < config.train.max_epoch:
         # One pass over the images
@@ -228,7 +228,7 @@ def train(config: EasyDict) -> None:
             save(t, config, save_folder / f"state_epoch_{t.epoch:03}.pth")
         if last or t.epoch % config.log.test_interval == 0:
             scores = evaluator(t.ema or t.generator)
-            monitor.scores(scores, t.epoch, t.step)
+            monitor.scores(scores, evaluator.protocols, t.epoch, t.step)
             if evaluator.better(scores, best):
                 best = scores
                 save(t, config, save_folder / "best.pth")

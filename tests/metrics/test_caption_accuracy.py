@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ratlip.data import demo
+from ratlip.errors import UserError
 from ratlip.metrics.caption_accuracy import CaptionAccuracy, read_attributes
-from ratlip.metrics.frechet import Moments
-from ratlip.metrics.scored import Scored
+from ratlip.metrics.metric import Scored
 
 FIELDS = demo.Attributes._fields
 
@@ -18,13 +18,16 @@ def pictures(combinations: list[demo.Attributes], seed: int = 0) -> Tensor:
     return torch.from_numpy(levels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def scores(images: Tensor, combinations: list[demo.Attributes], clip, batch: int = 7) -> dict[str, float]:
+def scored(images: Tensor, captions: list[str]) -> Scored:
+    return Scored(torch.arange(len(images)), images, captions, None)
+
+
+def scores(images: Tensor, combinations: list[demo.Attributes], batch: int = 7) -> dict[str, float]:
     """Accuracy of images against captions of `combinations`, counted in uneven batches."""
-    metric, rng = CaptionAccuracy(Moments(1)), np.random.default_rng(1)
+    metric, rng = CaptionAccuracy(None, len(images)), np.random.default_rng(1)
     captions = [demo.captions(attributes, rng, 1)[0] for attributes in combinations]
     for i in range(0, len(images), batch):
-        part = images[i : i + batch]
-        metric.update(Scored(part, captions[i : i + batch], torch.zeros(len(part), clip.embedding_dim), clip))
+        metric.update(scored(images[i : i + batch], captions[i : i + batch]))
     return metric.compute()
 
 
@@ -72,35 +75,36 @@ def test_a_picture_is_read_the_same_in_any_batch(real):
 
 
 @pytest.mark.parametrize("field", range(len(FIELDS)))
-def test_one_changed_attribute_scores_0_on_just_that_one(field, small_clip):
+def test_one_changed_attribute_scores_0_on_just_that_one(field):
     asked = demo.splits()[1][:24]
     count = len(demo.VALUES[field])
     drawn = [a._replace(**{FIELDS[field]: (a[field] + 1 + i % (count - 1)) % count}) for i, a in enumerate(asked)]
-    found = scores(pictures(drawn), asked, small_clip)
+    found = scores(pictures(drawn), asked)
     expected = {f"caption_accuracy/{name}": float(name != FIELDS[field]) for name in FIELDS}
-    assert found == {"caption_accuracy": 0.0, **expected}
+    assert found == {"caption_accuracy": 0.0, "caption_accuracy/standard_error": 0.0, **expected}
 
 
-def test_shares_are_counted_over_batches_of_any_size(small_clip):
+def test_shares_are_counted_over_batches_of_any_size():
     asked = demo.splits()[1][:20]
     drawn = [a._replace(colour=(a.colour + 1) % 8) if i < 3 else a for i, a in enumerate(asked)]
     drawn[2] = drawn[2]._replace(size=1 - drawn[2].size)
     expected = {"shape": 1.0, "colour": 17 / 20, "size": 19 / 20, "position": 1.0, "background": 1.0}
     for batch in (1, 6, 20):
-        found = scores(pictures(drawn), asked, small_clip, batch)
+        found = scores(pictures(drawn), asked, batch)
         assert found["caption_accuracy"] == pytest.approx(17 / 20)
+        assert found["caption_accuracy/standard_error"] == pytest.approx((17 / 20 * 3 / 20 / 20) ** 0.5)
         assert {name: found[f"caption_accuracy/{name}"] for name in FIELDS} == pytest.approx(expected)
 
 
-def test_larger_pictures_are_reduced_first(small_clip):
+def test_larger_pictures_are_reduced_first():
     asked = demo.splits()[1][:20]
     large = pictures(asked).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     assert large.shape[-1] == 128
-    assert scores(large, asked, small_clip)["caption_accuracy"] == 1.0
+    assert scores(large, asked)["caption_accuracy"] == 1.0
 
 
-def test_captions_without_all_attributes_are_refused(small_clip):
-    metric = CaptionAccuracy(Moments(1))
+def test_captions_without_all_attributes_are_refused():
+    metric = CaptionAccuracy(None, 1)
     image = pictures(demo.splits()[1][:1])
-    with pytest.raises(ValueError, match="no colour"):
-        metric.update(Scored(image, ["a small heart at the top on white"], torch.zeros(1, 64), small_clip))
+    with pytest.raises(UserError, match="caption_accuracy: .*no colour"):
+        metric.update(scored(image, ["a small heart at the top on white"]))

@@ -8,8 +8,10 @@ from helpers import fixture_input
 
 from ratlip.clip_towers import MEAN, STD
 from ratlip.metrics.clip_score import ClipScore
-from ratlip.metrics.frechet import FrechetClip, Moments, frechet_distance
-from ratlip.metrics.scored import Scored
+from ratlip.metrics.fid import FrechetClip
+from ratlip.metrics.frechet import Gaussian, Moments, frechet_distance
+from ratlip.metrics.metric import Scored
+from ratlip.metrics.reference import Reference
 
 CAPTIONS = ["a red bird", "two green birds on a branch", "a photo", "this flower has petals", "a face"]
 
@@ -18,7 +20,16 @@ def moments_of(features: np.ndarray, sizes: list[int] | None = None) -> tuple[np
     moments = Moments(features.shape[1])
     for part in torch.from_numpy(features).split(sizes or [len(features)]):
         moments.update(part)
-    return moments.mean_and_covariance()
+    return arrays(moments)
+
+
+def arrays(moments: Moments) -> tuple[np.ndarray, np.ndarray]:
+    gaussian = moments.gaussian()
+    return gaussian.mean.numpy(), gaussian.covariance.numpy()
+
+
+def distance(mu1, sigma1, mu2, sigma2) -> float:
+    return frechet_distance(*(Gaussian(*map(torch.from_numpy, pair)) for pair in ((mu1, sigma1), (mu2, sigma2))))
 
 
 def random_gaussian(rng: np.random.Generator, dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -60,7 +71,7 @@ def test_moments_of_several_processes_add_up():
         part.update(torch.from_numpy(own))
     for total, other in zip(parts[0].totals, parts[1].totals, strict=True):
         total += other
-    for found, expected in zip(parts[0].mean_and_covariance(), moments_of(features), strict=True):
+    for found, expected in zip(arrays(parts[0]), moments_of(features), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -69,9 +80,9 @@ def test_distance_equals_scipy(dim):
     rng = np.random.default_rng(dim)
     for _ in range(4):
         one, other = random_gaussian(rng, dim), random_gaussian(rng, dim)
-        found = frechet_distance(*one, *other)
+        found = distance(*one, *other)
         assert found == pytest.approx(distance_by_scipy(*one, *other), rel=1e-6)
-        assert found == pytest.approx(frechet_distance(*other, *one), rel=1e-9)
+        assert found == pytest.approx(distance(*other, *one), rel=1e-9)
 
 
 def test_distance_of_diagonal_gaussians():
@@ -80,43 +91,51 @@ def test_distance_of_diagonal_gaussians():
     var1, var2 = rng.uniform(0.01, 4, (2, 32))
     var2[:5] = 0  # directions that one of them does not use
     expected = np.sum((mu1 - mu2) ** 2) + np.sum((np.sqrt(var1) - np.sqrt(var2)) ** 2)
-    assert frechet_distance(mu1, np.diag(var1), mu2, np.diag(var2)) == pytest.approx(expected, rel=1e-6)
+    assert distance(mu1, np.diag(var1), mu2, np.diag(var2)) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [2, 10, 400])
 def test_distance_to_itself_is_0_even_with_fewer_images_than_dimensions(count):
     features = np.random.default_rng(4).standard_normal((count, 64)) * 2 + 1
     moments = moments_of(features)
-    assert abs(frechet_distance(*moments, *moments)) < 1e-3
+    assert abs(distance(*moments, *moments)) < 1e-3
     other = moments_of(features + 1)  # the same cloud, moved: |shift|^2
-    assert frechet_distance(*moments, *other) == pytest.approx(64, rel=1e-4)
+    assert distance(*moments, *other) == pytest.approx(64, rel=1e-4)
 
 
 def test_few_images_give_a_finite_distance():
     rng = np.random.default_rng(5)
     few, many = moments_of(rng.standard_normal((6, 64))), moments_of(rng.standard_normal((500, 64)))
-    distance = frechet_distance(*few, *many)
-    assert np.isfinite(distance) and distance > 1
+    found = distance(*few, *many)
+    assert np.isfinite(found) and found > 1
     # A singular covariance is the limit of regular ones.
     regular = (few[0], few[1] + 1e-8 * np.eye(64))
-    assert distance == pytest.approx(distance_by_scipy(*regular, *many), rel=1e-3)
+    assert found == pytest.approx(distance_by_scipy(*regular, *many), rel=1e-3)
 
 
 def test_fd_clip_is_the_distance_of_openai_embeddings(small_clip):
     real, drawn = fixture_input("real", 12, 3, 64, 64).tanh(), fixture_input("drawn", 9, 3, 64, 64).clamp(-1, 1)
     reference = Moments(small_clip.embedding_dim)
     reference.update(torch.from_numpy(openai_features(small_clip, real)))
-    metric = FrechetClip(reference)
-    for i in range(0, 9, 4):
-        part = drawn[i : i + 4]
-        metric.update(Scored(part, ["a photo"] * len(part), torch.zeros(len(part), 64), small_clip))
-    features = [openai_features(small_clip, images) for images in (drawn, real)]
-    (mu1, mu2), (sigma1, sigma2) = [f.mean(0) for f in features], [np.cov(f.T) for f in features]
-    # Few images in many dimensions: regular enough for sqrtm, and near enough.
-    ridge = 1e-10 * np.trace(sigma1) * np.eye(64)
-    expected = distance_by_scipy(mu1, sigma1 + ridge, mu2, sigma2 + ridge)
-    assert metric.compute() == {"fd_clip": pytest.approx(expected, rel=1e-2)}
+    metric = FrechetClip(Reference(reference.gaussian(), 12, None, "here"), 9)
+    for numbers in torch.arange(9).split(4):
+        part = drawn[numbers]
+        metric.update(Scored(numbers, part, None, None, {"clip": small_clip.image(part)[1]}))
+    found = metric.compute()
+    for name, images in (("fd_clip", drawn), ("fd_clip/half", drawn[::2])):
+        features = [openai_features(small_clip, some) for some in (images, real)]
+        (mu1, mu2), (sigma1, sigma2) = [f.mean(0) for f in features], [np.cov(f.T) for f in features]
+        # Few images in many dimensions: regular enough for sqrtm, and near enough.
+        ridge = 1e-10 * np.trace(sigma1) * np.eye(64)
+        expected = distance_by_scipy(mu1, sigma1 + ridge, mu2, sigma2 + ridge)
+        assert found[name] == pytest.approx(expected, rel=1e-2)
     assert not metric.higher_is_better
+    assert "9 pictures in 64 dimensions" in metric.caveat(metric_reference(64, 12), 9)
+    assert metric.caveat(metric_reference(64, 100), 65) == ""
+
+
+def metric_reference(dim: int, count: int) -> Reference:
+    return Reference(Gaussian(torch.zeros(dim).double(), torch.eye(dim).double()), count, None, "here")
 
 
 @torch.no_grad()
@@ -128,11 +147,17 @@ def test_clip_score_equals_openai(small_clip):
     norms = np.linalg.norm(image, axis=1) * np.linalg.norm(text, axis=1)
     expected = 100 * np.mean(np.sum(image * text, axis=1) / norms)
 
-    metric = ClipScore(Moments(1))
+    metric = ClipScore(None, len(CAPTIONS))
     sentences = small_clip.text(tokens)[0]
-    for part in (slice(0, 2), slice(2, 5)):
-        metric.update(Scored(images[part], CAPTIONS[part], sentences[part], small_clip))
-    assert metric.compute() == {"clip_score": pytest.approx(expected, rel=1e-4)}
+    for part in torch.arange(5).split(2):
+        features = {"clip": small_clip.image(images[part])[1]}
+        metric.update(Scored(part, images[part], [CAPTIONS[i] for i in part], sentences[part], features))
+    cosines = 100 * np.sum(image * text, axis=1) / norms
+    error = cosines.std(ddof=1) / len(cosines) ** 0.5
+    assert metric.compute() == {
+        "clip_score": pytest.approx(expected, rel=1e-4),
+        "clip_score/standard_error": pytest.approx(error, rel=1e-3),
+    }
     assert metric.higher_is_better
 
 
@@ -140,6 +165,6 @@ def test_clip_score_of_equal_and_opposite_embeddings(small_clip):
     images = fixture_input("scored", 2, 3, 64, 64).tanh()
     embedding = torch.from_numpy(openai_features(small_clip, images)).float()
     for factor in (3.0, -0.5):
-        metric = ClipScore(Moments(1))
-        metric.update(Scored(images, CAPTIONS[:2], embedding * factor, small_clip))
+        metric = ClipScore(None, 2)
+        metric.update(Scored(torch.arange(2), images, CAPTIONS[:2], embedding * factor, {"clip": embedding}))
         assert metric.compute()["clip_score"] == pytest.approx(100 if factor > 0 else -100, rel=1e-4)

@@ -202,14 +202,19 @@ def _pickled_keys(root: Path, layout: Layout, split: str) -> list[str]:
     return [key.strip() for key in keys]
 
 
-def _images_by_key(root: Path) -> dict[str, list[Path]]:
-    """Pictures below images/ by their path without suffix, of which there should be one each."""
-    folder = root / "images"
+def find_pictures(folder: Path) -> list[Path]:
+    """The picture files below a folder, sorted."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise UserError(f"{folder}: no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}) below it")
+    return paths
+
+
+def _images_by_key(root: Path) -> dict[str, list[Path]]:
+    """Pictures below images/ by their path without suffix, of which there should be one each."""
+    folder = root / "images"
     images: dict[str, list[Path]] = {}
-    for path in paths:
+    for path in find_pictures(folder):
         images.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
     return images
 

@@ -1,6 +1,7 @@
 """Batches of captioned images, the same whatever the number of workers and processes."""
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ratlip.augment import shift
 from ratlip.data.captions import CaptionTable
 from ratlip.data.layouts import Item, open_image
 from ratlip.errors import UserError
@@ -129,6 +131,55 @@ class TestImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return to_tensor(crop(resize_shorter(open_image(self.items[index]), self.imsize), self.imsize, 0.5, 0.5)), index
+
+
+class EnlargedTestImages(Dataset):
+    """TestImages again and again, mirrored every other time and moved a little: many views of few pictures.
+
+    Args:
+        copies: views of each picture, each of them the same in every run. The first two are not moved.
+        most: largest shift, as a share of the side.
+    """
+
+    def __init__(self, images: TestImages, copies: int, most: float = 1 / 32):
+        self.images, self.copies, self.most = images, copies, most
+
+    def __len__(self) -> int:
+        return len(self.images) * self.copies
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        copy, number = divmod(index, len(self.images))
+        image = self.images[number][0]
+        if copy % 2:
+            image = image.flip(-1)
+        if copy > 1:
+            shares = np.random.default_rng((number, copy)).uniform(-self.most, self.most, (1, 2))
+            image = shift(image[None], torch.from_numpy(shares))[0]
+        return image, index
+
+
+class Pictures(Dataset):
+    """Picture files as they are, each in its own size. Gives (image, number)."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path = self.paths[index]
+        return to_tensor(open_image(Item(path.name, path, []))), index
+
+
+def same_size_batches(samples: Sequence[tuple[Tensor, int]]) -> list[tuple[Tensor, Tensor]]:
+    """(image, number) pairs -> for each size among them, images (B, 3, H, W) and numbers (B,)."""
+
+    def size(sample: tuple[Tensor, int]) -> tuple[int, ...]:
+        return tuple(sample[0].shape)
+
+    groups = (list(group) for _, group in groupby(sorted(samples, key=size), key=size))
+    return [(torch.stack([i for i, _ in group]), torch.tensor([n for _, n in group])) for group in groups]
 
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:

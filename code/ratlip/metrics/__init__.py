@@ -1,8 +1,12 @@
-"""The metrics by name. Each is made with the moments of the real test images, takes `update(Scored)`, adds up in
-`totals` (float64 tensors that sum over processes), and answers `compute()` -> {score name: value}."""
+"""The metrics by name. A new one is a subclass of Metric (metric.py) in a file of its own, named in this list."""
 
+from ratlip.metrics.all_features import Kid, PrecisionRecall
 from ratlip.metrics.caption_accuracy import CaptionAccuracy
 from ratlip.metrics.clip_score import ClipScore
-from ratlip.metrics.frechet import FrechetClip
+from ratlip.metrics.fid import Fid, FrechetClip, ReleasedFid
 
-METRICS = {metric.name: metric for metric in (FrechetClip, ClipScore, CaptionAccuracy)}
+METRICS = {
+    name: metric
+    for metric in (Fid, ReleasedFid, FrechetClip, ClipScore, Kid, PrecisionRecall, CaptionAccuracy)
+    for name in metric.names
+}

@@ -16,38 +16,45 @@ from ratlip.data.demo import (
     parse_caption,
     shape_mask,
 )
-from ratlip.metrics.frechet import Moments
-from ratlip.metrics.scored import Scored
+from ratlip.errors import UserError
+from ratlip.metrics.metric import Metric, Scored
+from ratlip.metrics.reference import Reference
 
 CHUNK = 64  # pictures at a time; bounds memory and keeps the masks in cache
 OBJECT_PIXELS = 40  # fewer than any shape covers fully
 
 
-class CaptionAccuracy:
+class CaptionAccuracy(Metric):
     """The share of generated pictures in which each attribute, and all five, are those of the caption."""
 
-    name = "caption_accuracy"
+    names = ("caption_accuracy",)
     higher_is_better = True
+    needs_captions = True
 
-    def __init__(self, reference: Moments):  # real images play no part
+    def __init__(self, reference: Reference | None, count: int):
         # Pictures; those with all five attributes right; those with each attribute right.
         self.totals = [torch.zeros(2 + len(Attributes._fields), dtype=torch.float64)]
 
     def update(self, scored: Scored) -> None:
-        """Count pictures against their captions, each of which must state all five attributes (else ValueError)."""
+        """Count pictures against their captions, each of which must state all five attributes (else UserError)."""
         images = scored.images
         if images.shape[-2:] != (SIDE, SIDE):
             images = interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True)
-        wanted = torch.tensor([parse_caption(caption) for caption in scored.captions])
+        try:
+            wanted = torch.tensor([parse_caption(caption) for caption in scored.captions])
+        except ValueError as error:
+            raise UserError(f"caption_accuracy: {error}; it scores captions of the demo data set only") from None
         right = read_attributes(images) == wanted  # (B, 5)
         counts = [len(right), right.all(1).sum(), *right.sum(0)]
         self.totals[0] += torch.tensor(counts, dtype=torch.float64)
 
     def compute(self) -> dict[str, float]:
-        """Shares in [0, 1]: "caption_accuracy" (all five right) and "caption_accuracy/<attribute>"."""
-        names = ["caption_accuracy", *(f"caption_accuracy/{field}" for field in Attributes._fields)]
-        shares = self.totals[0][1:] / self.totals[0][0]
-        return dict(zip(names, shares.tolist(), strict=True))
+        """Shares in [0, 1]: "caption_accuracy" (all five right), its "/standard_error", and "/<attribute>"."""
+        count, *right = self.totals[0].tolist()
+        share, *shares = (number / count for number in right)
+        parts = {f"caption_accuracy/{field}": each for field, each in zip(Attributes._fields, shares, strict=True)}
+        error = (share * (1 - share) / count) ** 0.5  # of a binomial share
+        return {"caption_accuracy": share, "caption_accuracy/standard_error": error, **parts}
 
 
 def read_attributes(images: Tensor) -> Tensor:

@@ -2,27 +2,30 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from ratlip.metrics.frechet import Moments
-from ratlip.metrics.scored import Scored
+from ratlip.metrics.metric import Metric, Scored
+from ratlip.metrics.reference import Reference
 
 
-class ClipScore:
+class ClipScore(Metric):
     """`clip_score`: mean of 100 * cos(image embedding, sentence embedding), -100 to 100."""
 
-    name = "clip_score"
+    names = ("clip_score",)
     higher_is_better = True
+    space = "clip"
+    needs_captions = True
 
-    def __init__(self, reference: Moments):  # real images play no part
-        self.totals: list[Tensor] = [torch.zeros(2, dtype=torch.float64)]  # sum of cosines, count
+    def __init__(self, reference: Reference | None, count: int):
+        # Count, sum and sum of squares of the cosines.
+        self.totals = [torch.zeros(3, dtype=torch.float64)]
 
     def update(self, scored: Scored) -> None:
-        """Add a batch of generated images."""
-        cosine = F.cosine_similarity(scored.image_embedding.double(), scored.sentences.double(), dim=1)
-        self.totals[0] += torch.tensor([cosine.sum(), len(cosine)], dtype=torch.float64)
+        cosine = F.cosine_similarity(scored.features[self.space].double(), scored.sentences.double(), dim=1)
+        self.totals[0] += torch.tensor([len(cosine), cosine.sum(), cosine.square().sum()], dtype=torch.float64)
 
     def compute(self) -> dict[str, float]:
-        """{"clip_score": mean}."""
-        total, count = self.totals[0].tolist()
-        return {"clip_score": 100 * total / count}
+        """{"clip_score": mean, "clip_score/standard_error": of the mean, pictures taken as independent}."""
+        count, total, squares = self.totals[0].tolist()
+        mean = total / count
+        variance = max(squares - count * mean**2, 0) / max(count - 1, 1)
+        return {"clip_score": 100 * mean, "clip_score/standard_error": 100 * (variance / count) ** 0.5}

@@ -1,0 +1,51 @@
+"""What a metric is, and the batch that it sees."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ratlip.metrics.reference import Reference
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A batch of pictures to score."""
+
+    numbers: Tensor  # (B,) int64: each picture's place among all, whatever process and batch it comes in
+    images: Tensor  # (B, 3, H, W) in [-1, 1]
+    captions: Sequence[str] | None  # B texts; None where pictures came without
+    sentences: Tensor | None  # (B, E) the captions' embeddings
+    features: dict[str, Tensor] = field(default_factory=dict)  # (B, D) float32 by space (metrics/features.py)
+
+
+class Metric:
+    """Made for one evaluation; takes `update` for each batch, adds up in `totals`, answers `compute`.
+
+    Args:
+        reference: the real pictures in the metric's space; None unless `against_real`.
+        count: pictures that will be scored, over all processes.
+    """
+
+    names: tuple[str, ...]  # in eval.metrics; each is also the name of a score
+    higher_is_better: bool
+    space: str | None = None  # the features it reads
+    against_real = False  # whether it compares with real pictures
+    needs_captions = False
+    totals: list[Tensor]  # their sums over processes are what one process would have
+
+    def __init__(self, reference: Reference | None, count: int):
+        raise NotImplementedError
+
+    def update(self, scored: Scored) -> None:
+        """Add a batch."""
+        raise NotImplementedError
+
+    def compute(self) -> dict[str, float]:
+        """Scores by name; "<name>/..." are their parts and uncertainties."""
+        raise NotImplementedError
+
+    @classmethod
+    def caveat(cls, reference: Reference | None, count: int) -> str:
+        """Why the score of so many pictures should not be relied on, or nothing."""
+        return ""

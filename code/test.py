@@ -1,0 +1,94 @@
+"""Entry point of scripts/test.sh: score a checkpoint's images, or a folder of pictures."""
+
+import argparse
+import re
+import sys
+import time
+from pathlib import Path
+
+from easydict import EasyDict
+
+from ratlip import config, errors
+from ratlip.errors import UserError
+
+MISSING_WEIGHTS = 3  # exit code: some metric could not be computed because its weights are not there
+
+
+def main() -> None:
+    """Read the command line, score, show."""
+    parser = argparse.ArgumentParser(
+        prog="bash scripts/test.sh",
+        description="Score a checkpoint on the test split: the newest one trained with the configuration unless one "
+        "is named, else the shipped one. Or score a folder of pictures, whoever made them.",
+        epilog="exit codes: 0 done, 2 a mistake, 3 weights of a metric in eval.metrics are missing (the others are "
+        'scored). Example: bash scripts/test.sh cfg/bird.yml galip.pth "eval.metrics=[fid_released,clip_score]"',
+    )
+    parser.add_argument("config", help="a YAML file such as cfg/demo.yml")
+    parser.add_argument("words", nargs="*", metavar="checkpoint|key=value", help="what to score; settings to override")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="score these pictures; captions in .txt beside them")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="compare with these pictures, not the test split")
+    arguments = parser.parse_intermixed_args()
+    overrides = [word for word in arguments.words if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
+    checkpoints = [word for word in arguments.words if word not in overrides]
+    if len(checkpoints) > 1:
+        raise UserError(f"one checkpoint at a time, not {', '.join(checkpoints)}")
+    if checkpoints and arguments.images:
+        raise UserError(f"score either the checkpoint {checkpoints[0]} or the pictures of {arguments.images}")
+    for folder in filter(None, (arguments.images, arguments.against)):
+        if not folder.is_dir():
+            raise UserError(f"no folder {folder}")
+    resolved = config.load(arguments.config, overrides)
+    missing = evaluate(resolved, *checkpoints, images=arguments.images, against=arguments.against)
+    sys.exit(MISSING_WEIGHTS if missing else 0)
+
+
+def evaluate(
+    resolved: EasyDict, checkpoint: str | None = None, images: Path | None = None, against: Path | None = None
+) -> list[str]:
+    """Score, print the table, keep it in the logs; gives the metrics that could not be computed."""
+    from torch.utils.tensorboard import SummaryWriter  # takes seconds, like all below: mistakes above are told at once
+
+    from ratlip import build, distributed
+    from ratlip import device as devices
+    from ratlip.data.inventory import usable_items
+    from ratlip.evaluation import Evaluator, Scorer, score_folder, scores_table
+    from ratlip.monitor import write_scores
+    from ratlip.sampling import find_checkpoint, load_generator
+
+    place = devices.choose(resolved.train.device, distributed.start())
+    if images:
+        clip, loaded = build.clip_of(resolved), f"pictures of {images}"
+    else:
+        generator, clip, loaded = load_generator(resolved, checkpoint or find_checkpoint(resolved))
+        generator.to(place)
+        if resolved.clip.preprocess == "released":  # the papers' CLIP score, of a checkpoint of ours too
+            clip.preprocess = "released"
+    distributed.say(loaded)
+    items = None
+    if not (images and against):
+        with distributed.first_process_first():
+            items = usable_items(resolved, "test")
+    scorer = Scorer(resolved, clip.to(place), items, against)
+    if images:
+        scores, protocols = score_folder(scorer, images)
+    else:
+        side = generator.sizes[-1]
+        if not against and side != resolved.model.imsize:
+            distributed.say(f"it draws {side} px; the test images are taken at {resolved.model.imsize} (model.imsize)")
+        evaluator = Evaluator(scorer, items, devices.choose_precision(resolved.train.precision, place))
+        scores, protocols = evaluator(generator), evaluator.protocols
+
+    if distributed.rank() == 0:
+        folder = Path(resolved.log.dir) / resolved.name / time.strftime("test_%Y-%m-%d_%H-%M-%S")
+        with SummaryWriter(str(folder)) as board:
+            write_scores(folder, board, scores, {"scored": loaded}, protocols)
+        print(f"\n{scores_table({'score': scores})}\n")
+        for name, protocol in protocols.items():
+            print(f"{name}: {protocol}")
+        print(f"kept in {folder}")
+    distributed.stop()
+    return scorer.missing
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Evaluate: bash scripts/test.sh cfg/demo.yml [checkpoint] [key=value ...] [--images DIR] [--against DIR]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/env.sh
+
+gpus=${GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}
+if [ "$gpus" -gt 1 ]; then
+    exec python -m torch.distributed.run --standalone --nproc_per_node="$gpus" code/test.py "$@"
+fi
+exec python code/test.py "$@"

@@ -1,0 +1,114 @@
+"""The feature spaces against the released systems' numbers, and weights that are missing or something else."""
+
+import hashlib
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from easydict import EasyDict
+from helpers import SALT, relative_error, released_weights
+from torchvision.models import inception_v3
+
+from ratlip.errors import UserError
+from ratlip.metrics import features
+from ratlip.metrics.features import (
+    ClipSpace,
+    InceptionSpace,
+    MissingWeights,
+    ReleasedInceptionSpace,
+    padded,
+    released_inception_input,
+)
+
+NOWHERE = {"inception_weights": "nowhere.pth", "inception_released_weights": "nowhere.pth"}
+
+
+@pytest.fixture(scope="module")
+def fid_images() -> torch.Tensor:
+    """The pictures of the fixtures, some values outside [-1, 1]."""
+    random = np.random.RandomState(zlib.crc32(f"{SALT}:input.fidimgs".encode()))
+    return torch.from_numpy(random.uniform(-1.5, 1.5, (2, 3, 224, 224)).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def released_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(released_weights("inception"), path)
+    return path
+
+
+def test_released_inception_input(fid_images, fixtures):
+    found = released_inception_input(fid_images)[:, :, ::23, ::23]
+    assert relative_error(found, fixtures["inception.input.slice"]) < 1e-5
+
+
+def test_released_inception_features(fid_images, fixtures, small_clip, released_file):
+    before = torch.random.get_rng_state()
+    settings = EasyDict({"eval": {"inception_released_weights": str(released_file)}})
+    space = ReleasedInceptionSpace(settings, small_clip)
+    found = space(fid_images)
+    assert relative_error(found, fixtures["inception.features"]) < 1e-5
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert space.checksum == hashlib.sha256(released_file.read_bytes()).hexdigest()[:8]
+    assert "other weights than the published 0cc3c7bd" in space.protocol
+
+
+@pytest.mark.parametrize("space", [InceptionSpace, ReleasedInceptionSpace])
+def test_missing_weights_say_what_to_do(space, small_clip, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    name = {InceptionSpace: "weights-inception-2015-12-05-6726825d.pth"}.get(space, "inception_v3_google-0cc3c7bd.pth")
+    parts = ["https://", name, f"{tmp_path}/hub/checkpoints/{name}", f"sha256 begins {name[-12:-4]}", "set eval.incep"]
+    with pytest.raises(MissingWeights) as caught:
+        space(EasyDict({"eval": NOWHERE}), small_clip)
+    assert all(part in str(caught.value) for part in [*parts, "no file nowhere.pth"]), caught.value
+
+
+def test_a_download_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(MissingWeights, match="download failed"):
+        features.find_weights(None, "http://127.0.0.1:9/some-12345678.pth", "eval.inception_weights")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_download_with_another_checksum_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    content = b"weights"
+    right, wrong = hashlib.sha256(content).hexdigest()[:8], "12345678"
+    for digits in (right, wrong):
+        (tmp_path / f"some-{digits}.pth").write_bytes(content)
+    path, checksum, note = features.find_weights(None, (tmp_path / f"some-{right}.pth").as_uri(), "key")
+    assert path.read_bytes() == content and (checksum, note) == (right, "")
+    with pytest.raises(MissingWeights, match="download failed .*invalid hash"):
+        features.find_weights(None, (tmp_path / f"some-{wrong}.pth").as_uri(), "key")
+
+
+@pytest.mark.parametrize("space", [InceptionSpace, ReleasedInceptionSpace])
+def test_files_of_something_else_are_named(space, small_clip, clip_file, tmp_path):
+    other = tmp_path / "other.pth"
+    torch.save(inception_v3(weights=None, num_classes=3, init_weights=False).state_dict(), other)
+    text = tmp_path / "text.pth"
+    text.write_text("hello")
+    for path, part in ((other, "does not hold this Inception's weights"), (text, "is no checkpoint")):
+        settings = EasyDict({"eval": {key: str(path) for key in NOWHERE}})
+        with pytest.raises(UserError, match=f"{path.name}.*{part}"):
+            space(settings, small_clip)
+
+
+def test_clip_space_is_known_by_its_weights(small_clip):
+    space = ClipSpace(EasyDict(), small_clip)
+    images = torch.rand(3, 3, 64, 64) * 2 - 1
+    assert relative_error(space(images), small_clip.image(images)[1]) < 1e-5
+    assert space.statistics == f"fd_clip-standard-{space.checksum}"
+    with torch.no_grad():
+        small_clip.clip.visual.proj += 1
+        other = ClipSpace(EasyDict(), small_clip)
+        small_clip.clip.visual.proj -= 1
+    assert other.checksum != space.checksum
+
+
+def test_padding_repeats_the_last_row():
+    rows = torch.arange(6.0).view(3, 2)
+    assert padded(rows).shape == (16, 2) and torch.equal(padded(rows)[:3], rows)
+    assert torch.equal(padded(rows)[3:], rows[-1:].expand(13, 2))
+    assert torch.equal(padded(torch.ones(20, 2)), torch.ones(20, 2))
