@@ -3,10 +3,13 @@
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+TIMEOUT = timedelta(minutes=30)  # a process that waits longer than this for another gives up
 
 
 def start() -> int:
@@ -15,7 +18,7 @@ def start() -> int:
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank)
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     return local_rank
 
 
@@ -58,6 +61,15 @@ def sum_over_processes(tensors: Iterable[Tensor], device: torch.device) -> None:
         moved = tensor.to(device)
         dist.all_reduce(moved)
         tensor.copy_(moved)
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on at least one process. `device`: where the backend can reduce."""
+    if world_size() == 1:
+        return flag
+    box = torch.tensor(float(flag), device=device)
+    dist.all_reduce(box)
+    return bool(box > 0)
 
 
 def mean_gradients(network: nn.Module) -> None:
