@@ -81,13 +81,12 @@ FLAT_VALUES = {
     "clip.weights": lambda value: value.get("type") if isinstance(value, dict) else value,
 }
 
-# null, or of this type
-OPTIONAL = {"model.shipped": str, "train.resume": str, "clip.feature_blocks": list, "clip.prompt_blocks": list}
+OPTIONAL = {  # null, or of this type
     "model.shipped": str,
     "train.resume": str,
     "clip.feature_blocks": list,
     "clip.prompt_blocks": list,
-}  # null, or of this type
+}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
