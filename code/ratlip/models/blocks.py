@@ -29,10 +29,10 @@ class BatchNorm(nn.BatchNorm2d):
         """x (B, C, H, W), of the same B on every process -> the same shape."""
         if not self.training or distributed.world_size() == 1:
             return super().forward(x)
-        x32 = x.float()
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
         count = x.numel() // x.shape[1] * distributed.world_size()
-        mean = all_reduce(x32.sum((0, 2, 3))) / count
-        centred = x32 - mean[:, None, None]
+        mean = all_reduce(exact.sum((0, 2, 3))) / count
+        centred = exact - mean[:, None, None]
         variance = all_reduce(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
