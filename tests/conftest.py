@@ -1,5 +1,8 @@
 """Fixtures: the released systems' numbers, CLIPs, and a data set of a few pictures."""
 
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import clip.model
@@ -57,3 +60,21 @@ def demo_folder(tmp_path_factory) -> Path:
             (folder / "text" / f"{keys[-1]}.txt").write_text("\n".join(demo.captions(attributes, rng, 3)))
         (folder / f"{split}.txt").write_text("\n".join(keys))
     return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """call("prepare.py", *words): `helpers.run` of an entry point inside this process, which saves its start."""
+
+    def call(script: str, *words: object) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        monkeypatch.chdir(ROOT)
+        capfd.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "code" / script), run_name="__main__")
+        except SystemExit as exit:
+            code = exit.code
+        return subprocess.CompletedProcess([script, *words], code, *capfd.readouterr())
+
+    return call

@@ -95,6 +95,20 @@ def test_a_released_flat_file_runs_unchanged(write, capsys):
         config.load(write("dataset_name: CIFAR"))
 
 
+def test_a_released_folder_is_meant_from_the_code_folder(write, tmp_path, monkeypatch):
+    path = write("dataset_name: birds\ndata_dir: ../data/birds\n")
+    monkeypatch.setattr(config, "ROOT", tmp_path / "here")
+    monkeypatch.chdir(tmp_path)
+    assert config.load(path).data.dir == "../data/birds"
+    (tmp_path / "here/code").mkdir(parents=True)
+    (tmp_path / "here/data/birds").mkdir(parents=True)
+    assert config.load(path).data.dir == str(tmp_path / "here/data/birds")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "data/birds").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert config.load(path).data.dir == "../data/birds"  # where it is run, it is a folder as it stands
+
+
 def test_image_sizes(write):
     accepted = []
     for size in range(1, 1025):

@@ -44,7 +44,7 @@ def test_env_keeps_the_callers_pythonpath(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("name", ["train.sh", "sample.sh", "check.sh"])
+@pytest.mark.parametrize("name", ["train.sh", "prepare.sh", "sample.sh", "check.sh"])
 def test_help(name, tmp_path):
     result = bash(ROOT / "scripts" / name, "-h", folder=tmp_path, home=tmp_path)
     assert result.returncode == 0, result.stderr

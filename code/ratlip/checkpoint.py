@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 
+from ratlip import distributed
 from ratlip.errors import UserError, first_line
 
 FORMAT = "ratlip-1"  # stands under "format" in every checkpoint that this program writes
+UNKNOWN = "{} is a checkpoint of another program: neither RATLIP's nor a released GALIP or RATLIP file"
 
 
 def save(content: Any, path: Path) -> None:
     """torch.save to `path`, complete or not at all: a kill or a full disk leaves the older file as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             torch.save(content, file)
             file.flush()
@@ -59,6 +61,7 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def keep_newest(folder: Path, count: int) -> None:
-    """Delete all checkpoints of a run but the newest `count`; best.pth stays."""
-    for path in newest_first(folder)[count:]:
-        path.unlink(missing_ok=True)
+    """Delete all checkpoints of a run but the newest `count`, on the first process; best.pth stays."""
+    if distributed.rank() == 0:
+        for path in newest_first(folder)[count:]:
+            path.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Configuration: default.yml, then a run file, then key=value words; strict, with errors a person can act on."""
 
 import difflib
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]  # of the repository
 DEFAULT = ROOT / "cfg" / "default.yml"
 
 CHOICES = {
-    "data.layout": ("demo", "bird", "flower", "face", "coco", "folder"),
+    "data.layout": ("demo", "bird", "flower", "face", "coco", "folder", "webdataset"),
     "model.name": ("ratlip", "galip"),
     "model.rat.state": ("shared", "independent"),
     "model.rat.scope": ("mapper", "all"),
@@ -72,16 +73,26 @@ FLAT = {
     "save_interval": "log.save_interval",
     "sample_times": "eval.sample_times",
 }
+
+
+def _released_folder(value: Any) -> Any:
+    """The released programs ran in their code/ folder: where only that makes it a folder, it is meant from there."""
+    from_code = Path(os.path.normpath(ROOT / "code" / str(value)))
+    return str(from_code) if from_code.is_dir() and not Path(str(value)).is_dir() else value
+
+
 FLAT_VALUES = {
     "model.name": lambda value: "galip" if "galip" in str(value).lower() else "ratlip",
     "data.layout": lambda value: {"birds": "bird", "cub": "bird", "flowers": "flower", "faces": "face"}.get(
         str(value).lower(), str(value).lower()
     ),
+    "data.dir": _released_folder,
     "train.device": lambda value: "auto" if value else "cpu",
     "clip.weights": lambda value: value.get("type") if isinstance(value, dict) else value,
 }
 
 OPTIONAL = {  # null, or of this type
+    "data.test_dir": str,
     "model.shipped": str,
     "train.resume": str,
     "clip.feature_blocks": list,

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-TIMEOUT = timedelta(minutes=30)  # a process that waits longer than this for another gives up
+# A process that waits longer than this for another gives up. They all wait while the first checks a large data set
+# that `prepare.sh` has not.
+TIMEOUT = timedelta(hours=1)
 
 
 def start() -> int:

@@ -18,7 +18,9 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(_fail(f"error: {error}", 2))
+        # From a worker process of a DataLoader it comes with that process's traceback above it.
+        line = str(error).splitlines()[-1].removeprefix(f"{__name__}.{UserError.__name__}: ")
+        sys.exit(_fail(f"error: {line}", 2))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted", 130))
 

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from easydict import EasyDict
@@ -12,6 +11,7 @@ from tqdm import tqdm
 from ratlip import distributed
 from ratlip.clip_towers import FrozenClip
 from ratlip.data import captions
+from ratlip.data.inventory import cache_folder
 from ratlip.data.layouts import Item
 from ratlip.data.loader import TestImages
 from ratlip.errors import UserError
@@ -49,7 +49,7 @@ class Evaluator:
         if min(len(items), self.samples) < 2:
             raise UserError(f"evaluation needs at least 2 test images and 2 samples, not {len(items)}, {self.samples}")
         self.table = captions.CaptionTable([item.captions for item in items])
-        self.sentences = captions.embed(self.table, clip, Path(config.data.dir) / "cache").to(clip.mean.device)
+        self.sentences = captions.embed(self.table, clip, cache_folder(config.data)).to(clip.mean.device)
         self.reference = self._reference(TestImages(items, config.model.imsize), config.data.num_workers)
 
     def __call__(self, generator: Generator) -> dict[str, float]:

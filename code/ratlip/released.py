@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ def is_released(content: object) -> bool:
 
 
 def load_networks(
-    checkpoint: str | Path | Mapping, clip_model: nn.Module
+    checkpoint: str | Path | Mapping, clip_model: nn.Module, path: str | Path | None = None
 ) -> tuple[Generator | None, Discriminator | None, dict]:
     """Build the networks of a released checkpoint, in eval mode on the CPU.
 
@@ -34,21 +35,37 @@ def load_networks(
         checkpoint: a path, or what torch.load gives for one: {"model": {"netG", "netD", "netC"}, "epoch"}.
         clip_model: the CLIP it was trained with, a `clip.model.CLIP` (then read with the released preprocessing)
             or a FrozenClip.
+        path: where the content came from, for messages.
 
     Returns:
         generator: noise (B, Z), sentence (B, E) -> images (B, 3, 224, 224), not clamped. None without netG.
         discriminator: feature maps (B, N, W, g, g), sentence (B, E) -> (B, 1). None unless netD and netC are there.
-        info: system ("GALIP" or "RATLIP"), epoch (or None), imsize, nf, z_dim, cond_dim, as far as the file tells.
+        info: system ("GALIP" or "RATLIP"), epoch (or None), imsize, nf, z_dim, cond_dim, d_channels, as far as the
+            file tells.
 
     Raises:
         UserError: not such a file, keys missing or unknown, or another CLIP; names the first thing wrong.
     """
     if isinstance(checkpoint, str | Path):
-        checkpoint = checkpoint_file.read(checkpoint)
+        path, checkpoint = checkpoint, checkpoint_file.read(checkpoint)
+    try:
+        return _networks(checkpoint, clip_model)
+    except UserError as error:
+        raise UserError(f"{path}: {error}" if path else str(error)) from None
+
+
+def describe(info: Mapping) -> str:
+    """What `load_networks` read from a file, in words."""
+    names = [f"{name} {info[name]}" for name in ("nf", "z_dim", "cond_dim", "imsize") if name in info]
+    drawn = f" (draws {IMAGE_SIZE} pixels)" if names else ""
+    return ", ".join([f"released {info.get('system', 'discriminator')}", f"epoch {info['epoch']}", *names]) + drawn
+
+
+def _networks(checkpoint: Mapping, clip_model: nn.Module) -> tuple[Generator | None, Discriminator | None, dict]:
     if not is_released(checkpoint):
         raise UserError("not a released GALIP or RATLIP checkpoint: it has no 'model' with netG, netD, netC")
     clip = clip_model if isinstance(clip_model, FrozenClip) else FrozenClip(clip_model, preprocess="released")
-    networks = {name: _tensors(weights) for name, weights in checkpoint["model"].items()}
+    networks = {name: _tensors(name, weights) for name, weights in checkpoint["model"].items()}
     net_g, net_d, net_c = (networks.get(name) for name in ("netG", "netD", "netC"))
     info: dict = {"epoch": checkpoint.get("epoch")}
 
@@ -68,12 +85,13 @@ def load_networks(
         )
         _load(generator, net_g, _generator_key, "netG")
     if net_d and net_c:
-        channels = _need(net_d, "main.conv_s.weight", "netD").shape[0]
+        channels = _need(net_d, "main.conv_s.weight", "netD", axes=4).shape[0]
+        info["d_channels"] = channels
         discriminator = Discriminator(clip, channels)
-        betas = [_need(net_d, f"DBlocks.{i}.beta", "netD").reshape(()) for i in range(len(discriminator.betas))]
+        betas = [_need(net_d, f"DBlocks.{i}.beta", "netD").flatten() for i in range(len(discriminator.betas))]
         head = {f"netC.{key}": value for key, value in net_c.items()}
         body = {key: value for key, value in net_d.items() if not re.fullmatch(r"DBlocks\.\d+\.beta", key)}
-        _load(discriminator, {**body, **head, "betas": torch.stack(betas)}, _discriminator_key, "netD and netC")
+        _load(discriminator, {**body, **head, "betas": torch.cat(betas)}, _discriminator_key, "netD and netC")
     if generator is None and discriminator is None:
         raise UserError(f"the checkpoint's 'model' holds {sorted(networks)}: neither netG nor netD with netC")
     return generator, discriminator, info
@@ -84,18 +102,18 @@ def read_settings(net_g: Mapping[str, Tensor]) -> dict:
     blocks = {key.split(".")[1] for key in net_g if key.startswith("GBlocks.")}
     if len(blocks) != GENERATOR_BLOCKS:
         raise UserError(f"netG has {len(blocks)} generator blocks; the released networks have {GENERATOR_BLOCKS}")
-    z_dim = _need(net_g, "fc_code.weight", "netG").shape[1]
+    z_dim = _need(net_g, "fc_code.weight", "netG", axes=2).shape[1]
     return {
         "system": "RATLIP" if any(".rnn." in key for key in net_g) else "GALIP",
         "imsize": 4 * 2 ** len(blocks),
-        "nf": _need(net_g, "to_rgb.1.weight", "netG").shape[1],
+        "nf": _need(net_g, "to_rgb.1.weight", "netG", axes=4).shape[1],
         "z_dim": z_dim,
-        "cond_dim": _need(net_g, "mapping.fc_prompt.weight", "netG").shape[1] - z_dim,
+        "cond_dim": _need(net_g, "mapping.fc_prompt.weight", "netG", axes=2).shape[1] - z_dim,
     }
 
 
 def _check_clip(info: dict, net_g: Mapping[str, Tensor], clip: FrozenClip) -> None:
-    width = _need(net_g, "mapping.conv_fuse.weight", "netG").shape[0]
+    width = _need(net_g, "mapping.conv_fuse.weight", "netG", axes=4).shape[0]
     if (info["cond_dim"], width) != (clip.embedding_dim, clip.width):
         raise UserError(
             f"the checkpoint was made with a CLIP of width {width} and embedding {info['cond_dim']}, "
@@ -103,13 +121,20 @@ def _check_clip(info: dict, net_g: Mapping[str, Tensor], clip: FrozenClip) -> No
         )
 
 
-def _tensors(weights: Mapping) -> dict[str, Tensor]:
-    return {key.removeprefix("module."): torch.as_tensor(value) for key, value in weights.items()}
+def _tensors(network: str, weights: object) -> dict[str, Tensor]:
+    if not isinstance(weights, Mapping):
+        raise UserError(f"{network} is a {type(weights).__name__}; expected tensors by name")
+    for key, value in weights.items():
+        if not isinstance(value, Tensor | np.ndarray):
+            raise UserError(f"{network}: {key} is a {type(value).__name__}; expected a tensor")
+    return {str(key).removeprefix("module."): torch.as_tensor(value) for key, value in weights.items()}
 
 
-def _need(weights: Mapping[str, Tensor], key: str, network: str) -> Tensor:
+def _need(weights: Mapping[str, Tensor], key: str, network: str, axes: int | None = None) -> Tensor:
     if key not in weights:
         raise UserError(f"{network} has no {key}: not a released GALIP or RATLIP network, or an incomplete one")
+    if axes not in (None, weights[key].ndim):
+        raise UserError(f"{network}: {key} is {tuple(weights[key].shape)}; {axes} axes were expected")
     return weights[key]
 
 

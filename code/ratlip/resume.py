@@ -20,7 +20,8 @@ def find(config: EasyDict) -> tuple[str | None, dict | None]:
 
     null begins a run: (None, None). "auto" goes on with the newest run of this configuration: its newest checkpoint
     that can be read, or (run, None) if it was stopped before its first. A number is the epoch of a checkpoint, in the
-    newest run that has it. A path is a checkpoint from which a new run begins: (None, content).
+    newest run that has it. A path is a checkpoint whose networks and
+    optimisers a new run begins with: (None, content).
 
     Raises:
         UserError: no such checkpoint, or none of the run's can be read.
@@ -44,8 +45,11 @@ def find(config: EasyDict) -> tuple[str | None, dict | None]:
     return (chosen.parent.name if chosen.parent.parent == base else None), content
 
 
-def check(config: EasyDict, content: dict, epoch_steps: int, clip_shape: dict) -> None:
+def check(config: EasyDict, content: dict, clip_shape: dict, epoch_steps: int | None) -> None:
     """Compare the configuration with the checkpoint's; say what differs.
+
+    Args:
+        clip_shape: of the CLIP that will be used. epoch_steps: of this run, None where it is a new one.
 
     Raises:
         UserError: the networks, CLIP, or the number of steps in an epoch would be others.
@@ -61,7 +65,7 @@ def check(config: EasyDict, content: dict, epoch_steps: int, clip_shape: dict) -
             )
     if content["clip"] != clip_shape:
         raise UserError("clip.weights: not the CLIP that the checkpoint was trained with, its shapes differ")
-    if content["epoch_steps"] != epoch_steps:
+    if epoch_steps and content["epoch_steps"] != epoch_steps:
         raise UserError(
             f"an epoch has {epoch_steps} steps now, the checkpoint's had {content['epoch_steps']}: "
             "train.batch_size and the number of training images must stay the same"

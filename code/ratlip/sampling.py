@@ -61,14 +61,12 @@ def load_generator(config: EasyDict, path: str | Path) -> tuple[Generator, Froze
     content = checkpoint.read(path)
     if released.is_released(content):
         clip = build.clip_of(EasyDict({**config, "clip": {**config.clip, "preprocess": "released"}}))
-        generator, _, info = released.load_networks(content, clip)
+        generator, _, info = released.load_networks(content, clip, path)
         if generator is None:
             raise UserError(f"{path} holds no netG to sample from")
-        return generator, clip, f"{path}: released {info['system']}, epoch {info['epoch']}, nf {info['nf']}"
+        return generator, clip, f"{path}: {released.describe(info)}"
     if content.get("format") != checkpoint.FORMAT:
-        raise UserError(
-            f"{path} is a checkpoint of another program: neither RATLIP's nor a released GALIP or RATLIP file"
-        )
+        raise UserError(checkpoint.UNKNOWN.format(path))
     # A checkpoint from before a setting existed was made with what is its default now.
     own = EasyDict(configuration.unflatten({**configuration.default_settings(), **content["config"]}))
     own.clip.update(source=config.clip.source, weights=config.clip.weights)
@@ -79,7 +77,10 @@ def load_generator(config: EasyDict, path: str | Path) -> tuple[Generator, Froze
             f"clip.weights {config.clip.weights} has {_describe(clip.shape)}"
         )
     generator = build.generator_of(own, clip)
-    generator.load_state_dict(content.get("ema") or content["generator"])
+    try:
+        generator.load_state_dict(content.get("ema") or content["generator"])
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{path} is incomplete: {' '.join(str(error).split())[:200]}") from None
     kind = "averaged weights" if content.get("ema") else "weights"
     return generator.eval(), clip, f"{path}: {own.model.name}, epoch {content['epoch']}, {kind}"
 

@@ -19,8 +19,8 @@ from ratlip import device as devices
 from ratlip.augment import shift
 from ratlip.clip_towers import FrozenClip
 from ratlip.data import captions
-from ratlip.data.layouts import read_items
-from ratlip.data.loader import Batch, EpochBatches, TrainingImages, training_loader
+from ratlip.data.inventory import cache_folder, usable_items
+from ratlip.data.loader import Batch, EpochBatches, TrainingImages, shard_numbers, training_loader
 from ratlip.errors import UserError
 from ratlip.evaluation import Evaluator, scores_table
 from ratlip.models.discriminator import Discriminator
@@ -191,12 +191,11 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     torch.manual_seed(config.train.seed)
     clip = build.clip_of(config).to(place)
 
-    folder = Path(config.data.dir)
     with distributed.first_process_first():
-        items, test_items = (read_items(config.data.layout, folder, split) for split in ("train", "test"))
+        items, test_items = (usable_items(config, split) for split in ("train", "test"))
     table = captions.CaptionTable([item.captions for item in items])
     with distributed.first_process_first():
-        sentences = captions.embed(table, clip, folder / "cache")
+        sentences = captions.embed(table, clip, cache_folder(config.data))
         evaluator = Evaluator(config, clip, test_items, precision)
     batches = EpochBatches(
         table,
@@ -206,6 +205,7 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
         distributed.world_size(),
         config.train.mismatch_pool,
         sentences,
+        shard_numbers(items),
     )
     images = TrainingImages(items, config.model.imsize, config.data.enlarge, config.data.flip, config.train.seed)
     loader = training_loader(images, batches, config.data.num_workers, pin=place.type == "cuda")
@@ -226,12 +226,12 @@ def train(config: EasyDict) -> None:
     started, stop = time.time(), Stop(config.train.max_hours)
     t, batches, loader, evaluator = prepare(config)
     run, content = resume.find(config)
-    run = distributed.same(run or time.strftime("%Y-%m-%d_%H-%M-%S"))
-    save_folder = Path(config.log.save_dir) / config.name / run
     scores: dict[str, dict[str, float]] = {}  # columns of the closing table: start, end, best
     if content:
-        resume.check(config, content, len(batches), t.clip.shape)
-        scores = restore(t, content)
+        resume.check(config, content, t.clip.shape, len(batches) if run else None)
+        scores = restore(t, content, same_run=run is not None)
+    run = run or distributed.same(time.strftime("%Y-%m-%d_%H-%M-%S"))
+    save_folder = Path(config.log.save_dir) / config.name / run
     monitor = Monitor(Path(config.log.dir) / config.name / run, config, t.epoch, t.step, len(batches))
     if distributed.rank() == 0:
         save_folder.mkdir(parents=True, exist_ok=True)
@@ -276,6 +276,7 @@ def train(config: EasyDict) -> None:
                 save(t, config, scores, len(batches), save_folder / "best.pth")
             if last or epoch % config.log.save_interval == 0:
                 save(t, config, scores, len(batches), save_folder / f"state_epoch_{epoch:03}.pth")
+                checkpoint.keep_newest(save_folder, config.train.keep)
     except Stopped as cause:
         place = save_folder / f"state_epoch_{t.epoch:03}_step_{t.step:08}.pth"
         if scores:
@@ -314,7 +315,7 @@ def sample_grid(t: Training, evaluator: Evaluator):
 
 
 def save(t: Training, config: EasyDict, scores: dict, epoch_steps: int, path: Path) -> None:
-    """Write a checkpoint, on the first process; then delete those that train.keep no longer allows.
+    """Write a checkpoint, on the first process.
 
     No generator of random numbers has a state to save: noise, crops, order and captions all follow from the seed
     and the step.
@@ -338,17 +339,18 @@ def save(t: Training, config: EasyDict, scores: dict, epoch_steps: int, path: Pa
         "scaler": t.scaler.state_dict(),
     }
     checkpoint.save(content, path)
-    checkpoint.keep_newest(path.parent, t.settings.keep)
 
 
-def restore(t: Training, content: dict) -> dict[str, dict[str, float]]:
-    """Take over a checkpoint's networks, optimisers and place in the run; gives its scores."""
+def restore(t: Training, content: dict, same_run: bool) -> dict[str, dict[str, float]]:
+    """Take over a checkpoint's networks and optimisers and, of the same run, its place; gives that place's scores."""
     t.generator.load_state_dict(content["generator"])
     t.discriminator.load_state_dict(content["discriminator"])
     if t.ema is not None:
         t.ema.load_state_dict(content["ema"] or content["generator"])
     t.optimizer_g.load_state_dict(content["optimizer_g"])
     t.optimizer_d.load_state_dict(content["optimizer_d"])
+    if not same_run:
+        return {}
     t.scaler.load_state_dict(content["scaler"])
     t.epoch, t.step, t.bad_steps = content["epoch"], content["step"], content["bad_steps"]
     return content["scores"]

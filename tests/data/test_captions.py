@@ -118,6 +118,28 @@ def test_cache_is_read_and_left_alone(small_clip, tmp_path):
     assert torch.equal(embed(table, small_clip, tmp_path / "cache"), plain + 1)
 
 
+def test_an_interruption_costs_one_batch(small_clip, tmp_path, monkeypatch):
+    table = CaptionTable([[f"{i} birds"] for i in range(2 * EMBED_BATCH + 9)])
+    plain, seen, text = embed(table, small_clip), [], small_clip.text
+
+    def stops(tokens: torch.Tensor):
+        seen.append(len(tokens))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return text(tokens)
+
+    monkeypatch.setattr(small_clip, "text", stops)
+    with pytest.raises(KeyboardInterrupt):
+        embed(table, small_clip, tmp_path)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".rows"]  # and nothing that would be taken for the whole
+    found = embed(table, small_clip, tmp_path)
+    assert torch.equal(found, plain)
+    assert seen == [EMBED_BATCH, EMBED_BATCH, EMBED_BATCH, 9]
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:1000])  # damaged: made again
+    assert torch.equal(embed(table, small_clip, tmp_path), plain) and len(seen) == 7
+
+
 def test_other_captions_and_other_clips_never_share_a_file(small_clip, tmp_path):
     def new_file(table: CaptionTable, clip: FrozenClip) -> torch.Tensor:
         before = set(tmp_path.iterdir())

@@ -179,7 +179,8 @@ def test_unknown_shapes_are_refused():
 @pytest.mark.parametrize(("split", "number"), [("train", 0), ("test", 1)])
 def test_written_folder_is_the_demo_layout(written, split, number):
     combinations = demo.splits()[number]
-    items = read_items("demo", written, split)
+    items, problems = read_items("demo", written, split)
+    assert problems == []
     assert [item.key for item in items] == [f"{split}/{i:05}" for i in range(len(combinations))]
     for item, attributes in zip(items, combinations, strict=True):
         assert len(item.captions) == len(set(item.captions)) == demo.CAPTIONS_PER_PICTURE

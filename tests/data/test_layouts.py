@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from easydict import EasyDict
 from PIL import Image
 
-from ratlip.data.layouts import LAYOUTS, Item, decode, open_image, read_captions, read_items
+from ratlip.data.inventory import usable_items
+from ratlip.data.layouts import LAYOUTS, Item, decode, open_image, read_captions
 from ratlip.errors import UserError
 
 # key -> bounding box (x, y, width, height) in a picture of 40x30 pixels
@@ -88,6 +90,12 @@ def build_folder(root: Path, keys: list[str]) -> Path:
         write(root / "images" / f"{key}.png", encoded(pixels(number)))
         write(root / "text" / f"{key}.txt", "\n".join(captions_of(number)))
     return root
+
+
+def read_items(layout: str, root: Path, split: str) -> list[Item]:
+    """The items as training gets them."""
+    data = {"layout": layout, "dir": str(root), "num_workers": 0, "enlarge": 1.0}
+    return usable_items(EasyDict(name="mine", data=data, model={"imsize": 16}), split)
 
 
 def refused(layout: str, root: Path, split: str, *parts: object) -> str:
@@ -323,8 +331,8 @@ def test_an_empty_key_list(tmp_path):
         (b"the same\nthe same\n", ["the same", "the same"]),
     ],
 )
-def test_caption_files(content, expected, tmp_path):
-    assert read_captions(write(tmp_path / "captions.txt", content)) == expected
+def test_caption_files(content, expected):
+    assert read_captions(content) == expected
 
 
 def picture(image: Image.Image, folder: Path, suffix: str, **options) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ratlip import checkpoint
+from ratlip import checkpoint, distributed
 from ratlip.clip_towers import FrozenClip
+from ratlip.data.journal import READ_ONLY
 from ratlip.errors import UserError
 
 EMBED_BATCH = 256
@@ -59,26 +61,58 @@ def embed(table: CaptionTable, clip: FrozenClip, cache: Path | None = None) -> T
 
     Args:
         cache: folder that keeps them. A file is named by a hash of the CLIP weights and the captions, so that
-            one made by another CLIP or from other captions is never used.
+            one made by another CLIP or from other captions is never used. An interruption costs one batch.
     """
     path = cache / f"captions_{_fingerprint(table.texts, clip)}.pt" if cache else None
-    if path and path.is_file():
-        return checkpoint.read(path)["sentences"]
+    if path and (kept := _read(path, len(table.texts))) is not None:
+        return kept
     distinct = sorted(set(table.texts))
-    device = clip.mean.device
-    batches = range(0, len(distinct), EMBED_BATCH)
-    with torch.no_grad():
-        embedded = torch.cat(
-            [
-                clip.text(clip.tokenize(distinct[i : i + EMBED_BATCH]).to(device))[0].float().cpu()
-                for i in tqdm(batches, desc="caption embeddings", leave=False, disable=None)
-            ]
-        )
+    rows = path.with_suffix(".rows") if path else None  # those encoded so far
+    try:
+        embedded = _encode(distinct, clip, rows)
+    except OSError as error:
+        raise UserError(READ_ONLY.format(rows, error.strerror)) from None
     place = {text: i for i, text in enumerate(distinct)}
     sentences = embedded[[place[text] for text in table.texts]]
-    if path:
+    if path and rows:
         checkpoint.save({"sentences": sentences}, path)
+        rows.unlink()
     return sentences
+
+
+def _read(path: Path, count: int) -> Tensor | None:
+    """The embeddings in a cache file; None where there is none, or a damaged one."""
+    try:
+        sentences = checkpoint.read(path)["sentences"]
+    except (UserError, KeyError):
+        return None
+    return sentences if len(sentences) == count else None
+
+
+@torch.no_grad()
+def _encode(texts: Sequence[str], clip: FrozenClip, rows: Path | None) -> Tensor:
+    """Sentence embeddings (R, E) of texts; those that the file `rows` holds are taken from it, new ones go there."""
+    embedded = torch.empty(len(texts), clip.embedding_dim)
+    done = 0
+    if rows and rows.is_file():
+        found = np.fromfile(rows, np.float32)
+        done = len(found) // clip.embedding_dim // EMBED_BATCH * EMBED_BATCH
+        embedded[:done] = torch.from_numpy(found[: done * clip.embedding_dim]).view(done, clip.embedding_dim)
+    if rows:
+        rows.parent.mkdir(parents=True, exist_ok=True)
+    quiet = distributed.rank() > 0 or None  # None: no bar where there is no terminal
+    bar = tqdm(total=len(texts), initial=done, desc="caption embeddings", unit="caption", leave=False, disable=quiet)
+    with bar, open(rows, "ab") if rows else nullcontext() as file:
+        if file:
+            file.truncate(done * clip.embedding_dim * 4)
+        for i in range(done, len(texts), EMBED_BATCH):
+            batch = texts[i : i + EMBED_BATCH]
+            embedded[i : i + len(batch)] = clip.text(clip.tokenize(batch).to(clip.mean.device))[0]
+            if file:
+                file.write(embedded[i : i + len(batch)].numpy().tobytes())
+                file.flush()
+            bar.update(len(batch))
+    return embedded
 
 
 def _fingerprint(texts: Sequence[str], clip: FrozenClip) -> str:

@@ -2,21 +2,29 @@
 
 import pickle
 import re
+import warnings
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
+from ratlip import distributed
 from ratlip.data import demo
-from ratlip.errors import UserError
+from ratlip.errors import UserError, first_line
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 MAX_PIXELS = 64_000_000  # of an image; larger ones would take hundreds of megabytes in each worker
-SPLIT_SEED = 0  # of the 90/10 split of a folder that has no train.txt and test.txt
+MAX_PROPORTION = 32  # longer to shorter side; the shorter one is resized to what training needs, however long the other
+SPLIT_SEED = 0  # of the 90/10 split of a data set that has no lists, or no test shards
+
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode refuses earlier than Pillow warns
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One captioned image. `box` is a bounding box (x, y, width, height) in pixels, for birds."""
 
@@ -24,6 +32,20 @@ class Item:
     image: Path
     captions: list[str]
     box: tuple[float, float, float, float] | None = None
+    span: tuple[int, int] | None = None  # the image's first byte and length, where `image` is a tar shard
+
+    @property
+    def place(self) -> str:
+        """Where the image lies, for messages."""
+        return str(self.image) if self.span is None else f"{self.image}: {Path(self.key).name}"
+
+
+class Problem(NamedTuple):
+    """Something wrong with one item of a data set."""
+
+    kind: str
+    message: str  # begins with the file
+    lost: bool = True  # whether the item cannot be used
 
 
 @dataclass(frozen=True)
@@ -48,15 +70,15 @@ LAYOUTS = {
 }
 
 
-def read_items(layout_name: str, root: Path, split: str) -> list[Item]:
-    """All captioned images of a split.
+def read_items(layout_name: str, root: Path, split: str) -> tuple[list[Item], list[Problem]]:
+    """The captioned images of a split, and what is wrong with those that cannot be used; no image is opened.
 
     Args:
         layout_name: a key of LAYOUTS, or "demo", which is the folder layout and is made here where it is missing.
         root: the data set's folder. split: "train" or "test".
 
     Raises:
-        UserError: a missing folder, key list, image or caption, named with its path.
+        UserError: a missing folder, key list or box file, named with its path.
     """
     if layout_name == "demo":
         demo.write(root)
@@ -67,73 +89,96 @@ def read_items(layout_name: str, root: Path, split: str) -> list[Item]:
     images = _images_by_key(root) if layout_name == "folder" else None
     keys = _folder_keys(root, split, images) if images is not None else _pickled_keys(root, layout, split)
     boxes = _read_boxes(root / layout.boxes) if layout.boxes else {}
-    items = []
-    for key in keys:
+    items, problems, seen = [], [], set()
+    for key in tqdm(keys, f"{split} captions", unit="file", leave=False, disable=distributed.rank() > 0 or None):
         names = {"key": key, "stem": key.split(".")[0], "split": split, "subset": layout.subsets.get(split, split)}
-        image = images.get(key) if images is not None else root / layout.image.format(**names)
-        if image is None or not image.is_file():
-            raise UserError(f"{root / layout.image.format(**names)}: missing, but {split} lists {key!r}")
-        captions = read_captions(root / layout.text.format(**names))
-        if layout.boxes and key not in boxes:
-            raise UserError(f"{root / layout.boxes}/bounding_boxes.txt: no box for {key}")
-        items.append(Item(key, image, captions, boxes.get(key)))
-    if not items:
-        raise UserError(f"{root}: the {split} split is empty")
-    return items
+        path, text = root / layout.image.format(**names), root / layout.text.format(**names)
+        if images is not None:
+            path, *others = images.get(key, [path])
+            problems += [Problem("key twice", f"{other}: the key of {path}, which is used", False) for other in others]
+        if key in seen:
+            problems.append(Problem("key twice", f"{root}: {split} lists {key!r} twice; used once", lost=False))
+        elif key.startswith("/") or ".." in Path(key).parts:
+            problems.append(Problem("key outside", f"{root}: {split} lists {key!r}, which leaves the folder"))
+        elif not path.is_file():
+            problems.append(Problem("missing image", f"{path}: missing, but {split} lists {key!r}"))
+        elif not text.is_file():
+            problems.append(Problem("missing captions", f"{text}: no such caption file"))
+        elif not (captions := read_captions(text.read_bytes())):
+            problems.append(Problem("empty captions", f"{text}: holds no caption"))
+        elif layout.boxes and key not in boxes:
+            problems.append(Problem("missing box", f"{root / layout.boxes}/bounding_boxes.txt: no box for {key}"))
+        else:
+            items.append(Item(key, path, captions, boxes.get(key)))
+        seen.add(key)
+    return items, problems
 
 
-def read_captions(path: Path) -> list[str]:
-    """The captions in a text file, one a line; empty lines do not count."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such caption file")
-    content = path.read_bytes()
+def read_captions(content: bytes) -> list[str]:
+    """The captions in a text file, one a line; empty lines do not count. Not UTF-8: read as Latin-1."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("latin-1")
-    captions = [line.strip() for line in text.splitlines()]
-    captions = [caption for caption in captions if caption]
-    if not captions:
-        raise UserError(f"{path}: holds no caption")
-    return captions
+    captions = [line.strip() for line in re.split(r"[\r\n]+", text)]
+    return [caption for caption in captions if caption]
+
+
+def held_out(keys: list[str], split: str) -> list[str]:
+    """A tenth of `keys` for the test split, the others for training: drawn, always the same."""
+    drawn = np.random.default_rng(SPLIT_SEED).permutation(sorted(keys)).tolist()
+    tests = max(1, round(len(drawn) / 10))
+    return sorted(drawn[:tests] if split == "test" else drawn[tests:])
 
 
 def open_image(item: Item) -> Image.Image:
-    """The RGB picture of an item; birds are cropped around their bounding box, as in the published work."""
+    """The RGB picture of an item; birds are cropped around their bounding box, as in the published work.
+
+    Raises:
+        UserError: names the file of an image that cannot be used.
+    """
     try:
-        image = decode(item.image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{item.image}: cannot be decoded ({error})") from None
-    if item.box is None:
-        return image
-    x, y, width, height = item.box
-    radius = int(0.75 * max(width, height))
-    centre_x, centre_y = int(x + width / 2), int(y + height / 2)
-    return image.crop(
-        (
-            max(0, centre_x - radius),
-            max(0, centre_y - radius),
-            min(image.width, centre_x + radius),
-            min(image.height, centre_y + radius),
-        )
-    )
+        image = decode(item.image if item.span is None else BytesIO(_read_span(item.image, *item.span)))
+        return image if item.box is None else _crop_around(image, *item.box)
+    except Exception as error:  # on broken files Pillow's decoders fail in any way
+        raise UserError(f"{item.place}: cannot be decoded ({first_line(error)})") from None
 
 
-def decode(path: Path) -> Image.Image:
+def decode(file: Path | BytesIO) -> Image.Image:
     """An image file as 8-bit RGB: turned as its EXIF data says, 16-bit levels scaled, transparency over white.
 
-    Raises ValueError for more than MAX_PIXELS, before any is decoded, and whatever Pillow raises.
+    Raises ValueError for more than MAX_PIXELS or MAX_PROPORTION, before any pixel is decoded, and whatever Pillow
+    raises.
     """
-    with Image.open(path) as image:
+    with Image.open(file) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}; shrink it")
+        if max(image.size) > MAX_PROPORTION * min(image.size):
+            raise ValueError(f"{image.width} x {image.height} pixels are too long a strip; cut it")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grey, which convert would cut off at 255
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+            levels = np.asarray(image).clip(0, 65535).astype(np.float32) / 257
+            image = Image.fromarray(levels.round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+
+
+def _read_span(path: Path, start: int, length: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(length)
+
+
+def _crop_around(image: Image.Image, x: float, y: float, width: float, height: float) -> Image.Image:
+    radius = int(0.75 * max(width, height))
+    centre_x, centre_y = int(x + width / 2), int(y + height / 2)
+    left, top = max(0, centre_x - radius), max(0, centre_y - radius)
+    right, bottom = min(image.width, centre_x + radius), min(image.height, centre_y + radius)
+    if left >= right or top >= bottom:
+        raise ValueError(f"its bounding box {x:g} {y:g} {width:g} {height:g} holds nothing of it")
+    return image.crop((left, top, right, bottom))
 
 
 class _StringsUnpickler(pickle.Unpickler):
@@ -157,16 +202,19 @@ def _pickled_keys(root: Path, layout: Layout, split: str) -> list[str]:
     return [key.strip() for key in keys]
 
 
-def _images_by_key(root: Path) -> dict[str, Path]:
-    """Pictures below images/ by their path without suffix."""
+def _images_by_key(root: Path) -> dict[str, list[Path]]:
+    """Pictures below images/ by their path without suffix, of which there should be one each."""
     folder = root / "images"
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise UserError(f"{folder}: no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}) below it")
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
+    images: dict[str, list[Path]] = {}
+    for path in paths:
+        images.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
+    return images
 
 
-def _folder_keys(root: Path, split: str, images: dict[str, Path]) -> list[str]:
+def _folder_keys(root: Path, split: str, images: dict[str, list[Path]]) -> list[str]:
     lists = {name: root / f"{name}.txt" for name in ("train", "test")}
     missing = [path for path in lists.values() if not path.is_file()]
     if len(missing) == 1:
@@ -174,9 +222,7 @@ def _folder_keys(root: Path, split: str, images: dict[str, Path]) -> list[str]:
     listed = lists[split]
     if not missing:
         return [line.strip() for line in listed.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    keys = np.random.default_rng(SPLIT_SEED).permutation(sorted(images)).tolist()
-    tests = max(1, round(len(keys) / 10))
-    return sorted(keys[:tests] if split == "test" else keys[tests:])
+    return held_out(list(images), split)
 
 
 def _read_boxes(folder: Path) -> dict[str, tuple[float, float, float, float]]:

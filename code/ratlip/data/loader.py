@@ -1,6 +1,7 @@
 """Batches of captioned images, the same whatever the number of workers and processes."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ from ratlip.data.captions import CaptionTable
 from ratlip.data.layouts import Item, open_image
 from ratlip.errors import UserError
 from ratlip.stopping import ignore_signals
+
+OPEN_SHARDS = 16  # that an epoch draws from at any time
 
 
 class Draw(NamedTuple):
@@ -43,6 +46,8 @@ class EpochBatches(Sampler[list[Draw]]):
         batch_size: over all processes together.
         mismatch_pool: the mismatched caption is the most similar of this many random ones, by the cosine of
             `sentences`, the captions' embeddings (R, E) on the CPU; 1: the next one of the batch, as published.
+        shards: for each image the number of the shard it lies in. Shards then come in random order, and images mix
+            over OPEN_SHARDS of them at a time: the disk is read in sweeps, not here and there.
     """
 
     def __init__(
@@ -54,8 +59,10 @@ class EpochBatches(Sampler[list[Draw]]):
         world_size: int = 1,
         mismatch_pool: int = 1,
         sentences: Tensor | None = None,
+        shards: np.ndarray | None = None,
     ):
         self.table = table
+        self.shards = shards
         self.batch_size = batch_size
         self.seed = seed
         self.mismatch_pool = mismatch_pool
@@ -76,6 +83,9 @@ class EpochBatches(Sampler[list[Draw]]):
     def __iter__(self) -> Iterator[list[Draw]]:
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(len(self.table.starts) - 1)
+        if self.shards is not None:
+            turns = rng.permutation(self.shards.max() + 1)[self.shards]
+            order = np.argsort(turns + OPEN_SHARDS * rng.random(len(turns)))
         rows = self.table.draw(order, rng)
         for number in range(len(self)):
             share = slice(number * self.batch_size, (number + 1) * self.batch_size)
@@ -142,6 +152,14 @@ def crop(image: Image.Image, size: int, x: float, y: float) -> Image.Image:
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture -> (3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
+
+
+def shard_numbers(items: Sequence[Item]) -> np.ndarray | None:
+    """For each item the number of the shard its image lies in (N,); None where images are files of their own."""
+    if any(item.span is None for item in items):
+        return None
+    numbers: dict[Path, int] = {}
+    return np.array([numbers.setdefault(item.image, len(numbers)) for item in items])
 
 
 def training_loader(dataset: TrainingImages, batches: EpochBatches, num_workers: int, pin: bool) -> DataLoader:

@@ -1,0 +1,63 @@
+"""Writes a released GALIP or RATLIP checkpoint as one of ours, to sample from or to train on from."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ratlip import build, checkpoint, config, errors, released
+from ratlip.clip_towers import FrozenClip, clip  # the package, its warnings silenced
+from ratlip.errors import UserError
+from ratlip.trainer import Training, save
+
+VIT_B32 = (512, 224, 12, 768, 32, 77, 49408, 512, 8, 12)  # arguments of clip.model.CLIP
+
+
+def main() -> None:
+    """Read the command line, translate, save."""
+    parser = argparse.ArgumentParser(
+        prog="python code/convert.py",
+        description="Write a released GALIP or RATLIP checkpoint as one of ours, with fresh optimizers.",
+        epilog="example: python code/convert.py galip_coco.pth saved_models/coco/released/state_epoch_000.pth",
+    )
+    parser.add_argument("source", metavar="IN", help="a released checkpoint")
+    parser.add_argument("target", metavar="OUT", type=Path, help="the file to write; it must not be there yet")
+    words = parser.parse_args()
+    if words.target.exists():
+        raise UserError(f"{words.target} is there already; it stays as it is")
+    content = checkpoint.read(words.source)
+    if content.get("format") == checkpoint.FORMAT:
+        raise UserError(f"{words.source} is RATLIP's own already: use it as it is")
+    if not released.is_released(content):
+        raise UserError(checkpoint.UNKNOWN.format(words.source))
+
+    with torch.device("meta"):  # only CLIP's shapes are needed here
+        shapes = FrozenClip(clip.model.CLIP(*VIT_B32), preprocess="released")
+    generator, discriminator, info = released.load_networks(content, shapes, words.source)
+    if generator is None:
+        raise UserError(f"{words.source} holds no netG; there is nothing to go on from")
+    settings = {
+        "model.name": info["system"].lower(),
+        "model.imsize": released.IMAGE_SIZE,
+        "model.nf": info["nf"],
+        "model.z_dim": info["z_dim"],
+        "model.rat.state": "independent",
+        "clip.preprocess": "released",
+    }
+    if "d_channels" in info:
+        settings["model.d_channels"] = info["d_channels"]
+    resolved = config.load(config.DEFAULT, [f"{key}={value}" for key, value in settings.items()])
+    if discriminator is None:
+        discriminator = build.discriminator_of(resolved, shapes)
+        print(f"{words.source} holds no netD with netC: training on will begin with a new discriminator")
+
+    # The averaged weights begin as the weights themselves: a released file holds one set.
+    t = Training(resolved.train, shapes, generator, discriminator, generator, torch.empty(0), "fp32", total_steps=1)
+    t.epoch = info["epoch"] if isinstance(info["epoch"], int) else 0
+    save(t, resolved, {}, 0, words.target)
+    print(f"{words.source}: {released.describe(info)}\n{words.target}: the same as one of ours")
+    print("to train on, set " + " ".join(f"{key}={value}" for key, value in settings.items()))
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,35 @@
+"""Entry point of scripts/prepare.sh: check a data set and fill its cache."""
+
+import argparse
+
+from ratlip import config, errors
+
+
+def main() -> None:
+    """Read the command line, then step by step; what was done before is not done again."""
+    parser = argparse.ArgumentParser(
+        prog="bash scripts/prepare.sh",
+        description="Check a data set, list what is wrong with it, and compute once what training needs. Training does "
+        "all this by itself when it begins, except --resize.",
+        epilog="example: bash scripts/prepare.sh cfg/bird.yml --resize data.num_workers=8",
+    )
+    parser.add_argument("config", help="a YAML file such as cfg/bird.yml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings stronger than the file's")
+    parser.add_argument(
+        "--resize",
+        action="store_true",
+        help="write copies of the training images, cropped and resized, for training to read: the same pixels, sooner",
+    )
+    words = parser.parse_intermixed_args()
+    resolved = config.load(words.config, words.overrides)
+
+    from ratlip import preparation  # takes seconds: a typo in the words above is answered at once
+
+    items = preparation.check(resolved)
+    if words.resize:
+        preparation.resize(resolved, items["train"])
+    preparation.embed_captions(resolved, items)
+
+
+if __name__ == "__main__":
+    errors.run(main)

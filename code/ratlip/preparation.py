@@ -1,0 +1,77 @@
+"""What `prepare.sh` does to a data set before training: checks it and says what is wrong, then fills its cache."""
+
+from collections import Counter
+
+from easydict import EasyDict
+
+from ratlip import build, device
+from ratlip.clip_towers import FrozenClip
+from ratlip.data import captions
+from ratlip.data.inventory import MAX_LOST, Stock, cache_folder, loss, take_stock, too_many_lost, write_copies
+from ratlip.data.layouts import Item, Problem
+from ratlip.errors import UserError
+
+SPLITS = ("train", "test")
+
+
+def check(config: EasyDict) -> dict[str, list[Item]]:
+    """Read both splits and decode every image; print a table of them, and every problem on a line of its own.
+
+    Returns:
+        the usable items of each split.
+
+    Raises:
+        UserError: nothing to read, or more problems than a run would begin with.
+    """
+    stocks = {split: take_stock(config.data, split) for split in SPLITS}
+    keys = {split: {item.key for item in stock.items} for split, stock in stocks.items()}
+    for key in sorted(keys["train"] & keys["test"]):
+        problem = Problem("key in both splits", f"{config.data.dir}: train and test both list {key!r}", lost=False)
+        stocks["test"].problems.append(problem)
+    problems = [problem for stock in stocks.values() for problem in stock.problems]
+    for problem in problems:
+        print(f"{problem.kind}  {problem.message}")
+    print(table(list(stocks.values())))
+    for stock in stocks.values():
+        if too_many_lost(stock):
+            raise UserError(f"{config.data.dir}: {loss(stock)}, more than {MAX_LOST:.0%}: training would not begin")
+    return {split: stock.items for split, stock in stocks.items()}
+
+
+def table(stocks: list[Stock]) -> str:
+    """Lines of text, a column for each split."""
+    columns = []
+    for stock in stocks:
+        counts = [len(item.captions) for item in stock.items] or [0]
+        sizes = sorted(stock.sizes, key=lambda size: size[0] * size[1]) or [(0, 0)]
+        sizes = [f"{width} x {height}" for width, height in (sizes[0], sizes[len(sizes) // 2], sizes[-1])]
+        kinds = Counter(problem.kind for problem in stock.problems)
+        cells = {
+            "images": f"{len(stock.items):,}",
+            "captions": f"{sum(counts):,}",
+            "captions per image": f"{min(counts)} to {max(counts)}",
+            **dict(zip(("smallest image", "median image", "largest image"), sizes, strict=True)),
+            "problems": f"{len(stock.problems):,}",
+            **{f"  {kind}": f"{kinds[kind]:,}" for kind in sorted(kinds)},
+        }
+        columns.append(cells)
+    names = list(dict.fromkeys(name for cells in columns for name in cells))
+    width = max(map(len, names)) + 2
+    lines = [" " * width + "".join(f"{stock.split:>14}" for stock in stocks)]
+    return "\n".join(
+        lines + [name.ljust(width) + "".join(f"{cells.get(name, '0'):>14}" for cells in columns) for name in names]
+    )
+
+
+def resize(config: EasyDict, items: list[Item]) -> None:
+    """Write the resized copies of the training images."""
+    print(f"resized copies      {write_copies(config, items)}")
+
+
+def embed_captions(config: EasyDict, items: dict[str, list[Item]]) -> FrozenClip:
+    """Fill the cache of caption embeddings for each split's items; gives the CLIP that made them."""
+    clip = build.clip_of(config).to(device.choose(config.train.device))
+    for own in items.values():
+        captions.embed(captions.CaptionTable([item.captions for item in own]), clip, cache_folder(config.data))
+    print(f"caption embeddings  {cache_folder(config.data)}")
+    return clip

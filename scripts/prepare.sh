@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Check a data set and fill its cache: bash scripts/prepare.sh cfg/bird.yml [--resize] [key=value ...]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/env.sh
+exec python code/prepare.py "$@"
