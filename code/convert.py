@@ -54,7 +54,7 @@ def main() -> None:
     # The averaged weights begin as the weights themselves: a released file holds one set.
     t = Training(resolved.train, shapes, generator, discriminator, generator, torch.empty(0), "fp32", total_steps=1)
     t.epoch = info["epoch"] if isinstance(info["epoch"], int) else 0
-    save(t, resolved, words.target)
+    save(t, resolved, {}, 0, words.target)
     print(f"{words.source}: {released.describe(info)}\n{words.target}: the same as one of ours")
     print("to train on, set " + " ".join(f"{key}={value}" for key, value in settings.items()))
 

@@ -1,6 +1,7 @@
 """Entry point of scripts/train.sh: read the configuration, train."""
 
 import argparse
+import re
 
 from ratlip import config, errors
 
@@ -15,7 +16,9 @@ def main() -> None:
     parser.add_argument("config", help="a YAML file such as cfg/demo.yml; cfg/default.yml explains every key")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings stronger than the file's")
     words = parser.parse_args()
-    resolved = config.load(words.config, words.overrides)
+    # scripts/resume.sh's state_epoch=120 picks the checkpoint of an epoch
+    overrides = [re.sub("^state_epoch=", "train.resume=", word) for word in words.overrides]
+    resolved = config.load(words.config, overrides)
 
     from ratlip.trainer import train  # takes seconds: a typo in the words above is answered at once
 

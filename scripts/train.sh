@@ -5,7 +5,20 @@ cd "$(dirname "$0")/.."
 source scripts/env.sh
 
 gpus=${GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}
-if [ "$gpus" -gt 1 ]; then
-    exec python -m torch.distributed.run --standalone --nproc_per_node="$gpus" code/train.py "$@"
+if [ "$gpus" -le 1 ]; then
+    exec python code/train.py "$@"
 fi
-exec python code/train.py "$@"
+# Several processes. torchrun would kill them on a signal; they are to save and leave by themselves, so the signal
+# goes to them alone (setsid keeps a terminal's Ctrl-C from torchrun).
+setsid python -m torch.distributed.run --standalone --nproc_per_node="$gpus" code/train.py "$@" &
+torchrun=$!
+trap 'pkill -TERM -P $torchrun' TERM HUP
+trap 'pkill -USR1 -P $torchrun' USR1
+trap 'pkill -INT -P $torchrun' INT
+status=0
+wait $torchrun || status=$?
+while kill -0 $torchrun 2>/dev/null; do # a signal ends the wait, not torchrun
+    status=0
+    wait $torchrun || status=$?
+done
+exit $status

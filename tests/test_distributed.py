@@ -2,14 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, TINY_RUN
 
-from ratlip import distributed
+from ratlip import checkpoint, distributed
 
 SCRIPT = """
 import json, os, sys, time
@@ -17,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from ratlip import distributed
+from ratlip.models.blocks import BatchNorm
 
 folder = Path(sys.argv[1])
 assert (distributed.rank(), distributed.world_size()) == (0, 1)  # before it joins
@@ -37,6 +41,15 @@ for number, parameter in enumerate(p for p in network.parameters() if p.requires
     parameter.grad = torch.arange(float(parameter.numel())).view_as(parameter) * (rank + 1) + 100 * number
 distributed.mean_gradients(network)
 found["gradients"] = [p.grad if p.grad is None else p.grad.tolist() for p in network.parameters()]
+
+# BatchNorm: a half of the batch each.
+torch.manual_seed(0)
+x, weights = torch.randn(6, 3, 2, 2, dtype=torch.float64) * 3 + 1, torch.randn(6, 3, 2, 2, dtype=torch.float64)
+norm = BatchNorm(3).double()
+own = x[3 * rank :][:3].clone().requires_grad_()
+out = norm(own)
+(out * weights[3 * rank :][:3]).sum().backward()
+found["norm"] = [t.tolist() for t in (out, own.grad, norm.weight.grad, norm.running_mean, norm.running_var)]
 
 distributed.same("")  # both are here: without first_process_first, the other would now be the faster
 with distributed.first_process_first():
@@ -98,6 +111,23 @@ def test_mean_gradients(two):
         assert found["gradients"] == expected
 
 
+def test_batch_norm_takes_its_statistics_over_both(two):
+    torch.manual_seed(0)
+    x, weights = torch.randn(6, 3, 2, 2, dtype=torch.float64) * 3 + 1, torch.randn(6, 3, 2, 2, dtype=torch.float64)
+    norm = torch.nn.BatchNorm2d(3).double()
+    x.requires_grad_()
+    out = norm(x)
+    (out * weights).sum().backward()
+    first, second = ([torch.tensor(t, dtype=torch.float64) for t in found["norm"]] for found in two[0])
+    close = {"rtol": 1e-6, "atol": 1e-6}  # it computes in float32 at least, as torch's own does on GPUs
+    assert torch.allclose(torch.cat([first[0], second[0]]), out, **close)
+    assert torch.allclose(torch.cat([first[1], second[1]]), x.grad, **close)
+    assert torch.allclose(first[2] + second[2], norm.weight.grad, **close)
+    for found in (first, second):
+        assert torch.allclose(found[3], norm.running_mean, **close)
+        assert torch.allclose(found[4], norm.running_var, **close)
+
+
 def test_first_process_first(two):
     first, second = two[0]
     assert not first["first is done"] and not first["other has begun"]
@@ -119,3 +149,103 @@ def test_alone(capsys):
         distributed.say("hello")
     assert capsys.readouterr().out == "hello\n"
     distributed.stop()
+
+
+@pytest.fixture
+def words(demo_folder, clip_file):
+    """words(folder, *more) -> the command line of a small run that leaves its files below `folder`."""
+
+    def words(folder: Path, *more: str) -> list[str]:
+        places = (f"log.dir={folder}/logs", f"log.save_dir={folder}/saved", f"data.dir={demo_folder}")
+        small = ("data.layout=folder", "model.imsize=16", "eval.metrics=[clip_score]", f"clip.weights={clip_file}")
+        return ["cfg/demo.yml", *TINY_RUN, *places, *small, "log.save_interval=1", "train.device=cpu", *more]
+
+    return words
+
+
+def script(name: str, words: list[str], processes: int) -> subprocess.Popen:
+    """scripts/NAME.sh in so many processes."""
+    environment = {**os.environ, "GPUS": str(processes), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    command = ["bash", f"scripts/{name}.sh", *words]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finished(process: subprocess.Popen, code: int = 0) -> str:
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == code, errors
+    return output
+
+
+def state(folder: Path, name: str) -> dict:
+    (path,) = folder.glob(f"saved/demo/*/{name}")
+    return checkpoint.read(path)
+
+
+def test_two_processes_train_as_one_does(words, tmp_path):
+    """Three steps of a global batch of 4 with GALIP, which has no BatchNorm."""
+    more = ("model.name=galip", "model.d_start=1.0", "train.lr_g=1e-4", "train.lr_d=1e-4", "train.lr_decay=0")
+    for processes in (1, 2):
+        finished(script("train", words(tmp_path / str(processes), *more), processes))
+    one, two = (state(tmp_path / str(processes), "state_epoch_001.pth") for processes in (1, 2))
+    assert one["step"] == two["step"] == 3
+    for network in ("generator", "discriminator", "ema"):
+        for key, value in one[network].items():
+            assert torch.allclose(two[network][key], value, rtol=0, atol=1e-5), (network, key)
+    assert two["scores"]["end"]["clip_score"] == pytest.approx(one["scores"]["end"]["clip_score"], abs=1e-3)
+
+
+def test_two_processes_have_the_gradients_of_one_with_batch_norm(words, tmp_path):
+    """RATLIP's statistics are taken over both processes: gradients and running averages agree after one step.
+
+    Gradients, not weights: BatchNorm enlarges rounding errors, and Adam's first steps follow a gradient's sign.
+    """
+    for processes in (1, 2):
+        finished(script("train", words(tmp_path / str(processes), "train.batch_size=12", "train.lr_d=0"), processes))
+    one, two = (state(tmp_path / str(processes), "state_epoch_001.pth") for processes in (1, 2))
+    assert one["step"] == two["step"] == 1
+    for optimizer in ("optimizer_d", "optimizer_g"):  # exp_avg is the gradient times 1 - beta1
+        alone, both = (
+            torch.cat([s["exp_avg"].flatten() for s in state[optimizer]["state"].values()]) for state in (one, two)
+        )
+        assert float((both - alone).norm() / alone.norm()) < 1e-3, optimizer
+    for key, value in one["generator"].items():
+        if "running" in key:
+            assert torch.allclose(two["generator"][key], value, rtol=1e-4, atol=1e-6), key
+
+
+def test_two_processes_stop_together_and_resume(words, tmp_path):
+    long = words(tmp_path, "train.max_epoch=400", "log.save_interval=400", "log.test_interval=400")
+    process = script("train", long, 2)
+    while not list(tmp_path.glob("logs/demo/*/grids/epoch_0002.png")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by SIGTERM and saved" in finished(process)
+    step = state(tmp_path, "state_epoch_*_step_*.pth")["step"]
+    epochs = step // 3 + 2
+    assert "going on from" in finished(script("resume", [*long, f"train.max_epoch={epochs}"], 2))
+    assert state(tmp_path, f"state_epoch_{epochs:03}.pth")["step"] == 3 * epochs
+
+
+def test_a_killed_process_takes_the_run_down_and_the_run_resumes(words, tmp_path):
+    long = words(tmp_path, "train.max_epoch=4000", "log.test_interval=4000", "train.keep=2")
+    process = script("train", long, 2)
+    while not list(tmp_path.glob("saved/demo/*/state_epoch_002.pth")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    found = subprocess.run(["pgrep", "-f", f"code/train.py.*{tmp_path}"], capture_output=True, text=True).stdout.split()
+    workers = [pid for pid in found if b"torch.distributed.run" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    workers = [pid for pid in workers if b"bash" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    began = time.time()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.time() - began < 60
+    assert "SIGKILL" in errors or "Signal 9" in errors
+    (run_folder,) = tmp_path.glob("saved/demo/*")
+    newest = checkpoint.newest_first(run_folder)[0]
+    epoch = checkpoint.read(newest)["epoch"]
+    finished(script("resume", [*long, f"train.max_epoch={epoch + 1}"], 2))
+    assert checkpoint.read(run_folder / f"state_epoch_{epoch + 1:03}.pth")["step"] == 3 * (epoch + 1)

@@ -27,6 +27,17 @@ def test_gradient_penalty_by_hand():
     assert float(penalty) == pytest.approx(2 * math.hypot(0.6, 1.1) ** 6, rel=1e-5)
 
 
+def test_gradient_penalty_does_not_depend_on_the_scale():
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 3, 2, 2, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+
+    def penalty(scale: float) -> float:
+        logits = x.tanh().sum((1, 2, 3))[:, None] + y.sin().sum(1, keepdim=True)
+        return float(matching_aware_gradient_penalty(logits, (x, y), scale))
+
+    assert penalty(65536.0) == pytest.approx(penalty(1.0), rel=1e-5)
+
+
 def test_gradient_penalty_and_its_weight_gradient_by_finite_differences():
     torch.manual_seed(0)
     weight = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)

@@ -139,6 +139,77 @@ def test_bf16_step_is_near_float32(make):
             assert float(terms["bf16"][name]) == pytest.approx(float(expected), abs=0.02), name
 
 
+def test_a_batch_that_is_not_finite_changes_nothing(make):
+    training, batches, loader = make("train.max_bad_steps=3")
+    first, second, third = list(loader)
+    train_step(training, first)
+    before = copy.deepcopy([net.state_dict() for net in (training.generator, training.discriminator, training.ema)])
+    poisoned = second._replace(images=second.images.clone())
+    poisoned.images[0, 0, 5, 5] = torch.nan
+    values = train_step(training, poisoned)
+    after = [net.state_dict() for net in (training.generator, training.discriminator, training.ema)]
+    assert all(torch.equal(b[key], a[key]) for b, a in zip(before, after, strict=True) for key in b)
+    assert int(values["bad_steps"]) == training.bad_steps == training.bad_in_a_row == 1 and training.step == 2
+    values = train_step(training, third)
+    assert all(torch.isfinite(value) for value in values.values())
+    assert (training.bad_steps, training.bad_in_a_row) == (1, 0)
+    assert not torch.equal(before[0]["to_rgb.weight"], training.generator.state_dict()["to_rgb.weight"])
+
+
+def test_generator_that_is_not_finite_leaves_averages_alone(make):
+    """Pictures that are not numbers reach neither BatchNorm's running statistics nor the averaged generator."""
+    training, _, loader = make()
+    training.generator.fc_code.weight.data[0, 0] = torch.inf
+    before = {key: value.clone() for key, value in training.ema.state_dict().items()}
+    buffers = [buffer.clone() for buffer in training.generator.buffers()]
+    train_step(training, next(iter(loader)))
+    assert training.bad_steps == 1
+    assert all(torch.equal(value, before[key]) for key, value in training.ema.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(buffers, training.generator.buffers(), strict=True))
+
+
+def test_divergence_ends_the_run_and_names_the_last_good_checkpoint(demo_folder, clip_file, tmp_path):
+    few = ("data.layout=folder", f"data.dir={demo_folder}", "model.imsize=16", "eval.metrics=[clip_score]")
+    endless = ("train.lr_d=1e30", "train.max_bad_steps=4", "log.save_interval=1", "train.max_epoch=50")
+    result = run("train.py", "cfg/demo.yml", *words(tmp_path, clip_file, *few, *endless))
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "training diverged: 4 steps in a row" in line and "the last good checkpoint is" in line
+    for path in (tmp_path / "saved").rglob("*.pth"):
+        state = checkpoint.read(path)
+        for network in ("generator", "discriminator", "ema"):
+            assert all(torch.isfinite(value).all() for value in state[network].values())
+
+
+# BatchNorm divides what bfloat16 has rounded by a standard deviation that is small against the mean at first.
+@pytest.mark.parametrize(
+    ("precision", "name", "least"), [("bf16", "galip", 0.99), ("bf16", "ratlip", 0.95), ("fp16", "ratlip", 0.99)]
+)
+def test_low_precision_gradients_point_the_same_way(make, precision, name, least):
+    gradients, terms = {}, {}
+    for each in ("fp32", precision):
+        # Adam's first step follows the sign of every gradient, however small: the generator is to face the same D.
+        rates = ("train.lr_d=0", "train.lr_g=0")
+        training, _, loader = make(
+            f"train.precision={each}", f"model.name={name}", "model.d_start=1.0", "train.batch_size=12", *rates
+        )
+        batch = next(iter(loader))
+        values = train_step(training, batch)
+        while training.bad_in_a_row:  # fp16 begins with a scale that is too large, and halves it
+            assert precision == "fp16" and training.bad_in_a_row < 20
+            training.step = 0  # the same noise
+            values = train_step(training, batch)
+        networks = (training.discriminator, training.generator)
+        gradients[each] = [torch.cat([p.grad.flatten() for p in net.parameters()]) for net in networks]
+        terms[each] = {key: float(value) for key, value in values.items() if key.startswith("loss")}
+    cosines = [
+        float(torch.nn.functional.cosine_similarity(full, low, dim=0))
+        for full, low in zip(gradients["fp32"], gradients[precision], strict=True)
+    ]
+    assert cosines[0] > 0.99 and cosines[1] > least, cosines
+    assert terms[precision] == pytest.approx(terms["fp32"], abs=0.02)
+
+
 def build_copy(network, clip):
     """A deep copy that shares CLIP."""
     return copy.deepcopy(network, {id(clip): clip}).train()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ratlip import distributed
 from ratlip.errors import UserError, first_line
 
 FORMAT = "ratlip-1"  # stands under "format" in every checkpoint that this program writes
@@ -53,6 +54,14 @@ def read(path: str | Path) -> dict:
     return content
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest epoch's checkpoint below saved_models/<config>/, over all of its runs; None if there is none."""
-    return max(folder.glob("*/state_epoch_*.pth"), key=lambda path: (path.stat().st_mtime, path.name), default=None)
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints that can be resumed below saved_models/<config>/ or in one of its runs, the newest first."""
+    paths = [*folder.glob("state_epoch_*.pth"), *folder.glob("*/state_epoch_*.pth")]
+    return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Delete all checkpoints of a run but the newest `count`, on the first process; best.pth stays."""
+    if distributed.rank() == 0:
+        for path in newest_first(folder)[count:]:
+            path.unlink(missing_ok=True)

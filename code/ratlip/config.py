@@ -23,7 +23,7 @@ CHOICES = {
     "clip.source": ("openai", "open_clip"),
     "clip.preprocess": ("standard", "released"),
     "train.device": ("auto", "cpu", "cuda"),
-    "train.precision": ("auto", "fp32", "bf16"),
+    "train.precision": ("auto", "fp32", "bf16", "fp16"),
 }
 AT_LEAST = {
     "data.num_workers": 0,
@@ -40,6 +40,9 @@ AT_LEAST = {
     "train.lr_d": 0.0,
     "train.sim_w": 0.0,
     "train.clip_grad": 0.0,
+    "train.max_bad_steps": 1,
+    "train.max_hours": 0.0,
+    "train.keep": 1,
     "eval.sample_times": 1,
     "eval.samples": 0,
     "eval.batch_size": 1,
@@ -93,6 +96,7 @@ FLAT_VALUES = {
 OPTIONAL = {  # null, or of this type
     "data.test_dir": str,
     "model.shipped": str,
+    "train.resume": str,
     "clip.feature_blocks": list,
     "clip.prompt_blocks": list,
     "eval.inception_weights": str,
@@ -213,6 +217,8 @@ def _check(source: str, key: str, value: Any, default: Any) -> Any:
     if expected is float and not isinstance(value, bool):
         with suppress(TypeError, ValueError):
             value = float(value)  # YAML 1.1 reads 1e-4 as text
+    if expected is str and isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)  # a name that happens to be a number
     if isinstance(value, bool) and expected is not bool or not isinstance(value, expected):
         raise UserError(f"{source}: {key} must be of type {expected.__name__}, not {value!r}")
     if key in CHOICES and value not in CHOICES[key]:

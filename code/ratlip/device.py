@@ -27,4 +27,5 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Context in which matrix products and convolutions run in the given precision; weights stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    low = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, low, enabled=precision != "fp32")

@@ -9,6 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+# A process that waits longer than this for another gives up. They all wait while the first checks a large data set
+# that `prepare.sh` has not.
+TIMEOUT = timedelta(hours=1)
+
 
 def start() -> int:
     """Join the other processes where torchrun started this one (nccl on GPUs, gloo else); the local rank."""
@@ -16,8 +20,7 @@ def start() -> int:
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank)
-        # The others wait that long while the first process checks a data set that `prepare.sh` has not.
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     return local_rank
 
 
@@ -60,6 +63,15 @@ def sum_over_processes(tensors: Iterable[Tensor], device: torch.device) -> None:
         moved = tensor.to(device)
         dist.all_reduce(moved)
         tensor.copy_(moved)
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on at least one process. `device`: where the backend can reduce."""
+    if world_size() == 1:
+        return flag
+    box = torch.tensor(float(flag), device=device)
+    dist.all_reduce(box)
+    return bool(box > 0)
 
 
 def mean_gradients(network: nn.Module) -> None:

@@ -17,16 +17,18 @@ def hinge_fake(logits: Tensor) -> Tensor:
     return F.relu(1 + logits).mean()
 
 
-def matching_aware_gradient_penalty(logits: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+def matching_aware_gradient_penalty(logits: Tensor, inputs: Sequence[Tensor], scale: float | Tensor = 1.0) -> Tensor:
     """MA-GP = 2 E[ ||grad D||_2 ^ 6 ] at real pairs (DF-GAN, arXiv 2008.05865).
 
     Args:
         logits: (B, 1), a function of `inputs`; sample i depends on row i of each input alone.
         inputs: tensors (B, ...) that require gradients: the CLIP feature maps and the sentence embedding. The
             norm is taken over all of them together.
+        scale: the logits are multiplied by it before, the gradients divided by it after differentiating, so that
+            gradients in float16 do not vanish; the penalty does not depend on it.
     """
-    gradients = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
-    squared_norm = sum(g.flatten(1).square().sum(dim=1) for g in gradients)  # (B,)
+    gradients = torch.autograd.grad((logits * scale).sum(), inputs, create_graph=True)
+    squared_norm = sum((g.float() / scale).flatten(1).square().sum(dim=1) for g in gradients)  # (B,)
     return 2 * squared_norm.pow(3).mean()
 
 

@@ -23,23 +23,32 @@ MIN_CELL = 128  # pixels; smaller pictures are enlarged by whole factors so that
 
 
 class Monitor:
-    """Shows a run on the terminal and keeps its logs below `folder`; silent on all processes but the first."""
+    """Shows a run on the terminal and keeps its logs below `folder`; silent on all processes but the first.
 
-    def __init__(self, folder: Path, config: EasyDict, total_steps: int, epoch_steps: int):
-        self.folder, self.config = folder, config
-        self.total_steps, self.epoch_steps = total_steps, epoch_steps
+    A run that goes on from a checkpoint (of so many finished epochs and steps) continues its logs: what was logged
+    after that checkpoint is dropped.
+    """
+
+    def __init__(self, folder: Path, config: EasyDict, epoch: int, step: int, epoch_steps: int):
+        self.folder, self.config, self.epoch_steps = folder, config, epoch_steps
+        self.total_steps = epoch_steps * config.train.max_epoch
         self.active = distributed.rank() == 0
-        self.started = self.last_look = time.time()
+        self.first_step, self.started = step, time.time()
+        self.last_look, self.values = self.started, {}
         if self.active:
             (folder / "grids").mkdir(parents=True, exist_ok=True)
-            self.board = SummaryWriter(str(folder))
-            self.board.add_text("config", f"```\n{dump(config)}\n```")
+            self._drop_scores_after(epoch)
+            self.board = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+            self.board.add_text("config", f"```\n{dump(config)}\n```", step)
         self.on_terminal = self.active and sys.stderr.isatty()
-        self.bar = tqdm(total=total_steps, unit="step", disable=not self.on_terminal, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=self.total_steps, initial=step, unit="step", disable=not self.on_terminal, dynamic_ncols=True
+        )
 
     def step(self, values: dict[str, Tensor], step: int) -> None:
         """One training step: moves the bar; now and then logs the loss terms and rates."""
         self.bar.update()
+        self.values = values
         if not self.active or step % LOG_EVERY:
             return
         now = time.time()
@@ -51,12 +60,13 @@ class Monitor:
         self.bar.set_description(f"epoch {(step - 1) // self.epoch_steps + 1}/{self.config.train.max_epoch}")
         self.bar.set_postfix_str(_losses(values))
 
-    def epoch(self, values: dict[str, Tensor], epoch: int) -> None:
+    def epoch(self, epoch: int, step: int) -> None:
         """End of an epoch: a line of its own where no bar can be shown."""
         if self.active and not self.on_terminal:
-            spent, epochs = time.time() - self.started, self.config.train.max_epoch
-            left = spent / epoch * (epochs - epoch)
-            print(f"epoch {epoch}/{epochs}  {_losses(values)}  {_minutes(spent)}, {_minutes(left)} left", flush=True)
+            spent = time.time() - self.started
+            left = spent / max(1, step - self.first_step) * (self.total_steps - step)
+            place = f"epoch {epoch}/{self.config.train.max_epoch}"
+            print(f"{place}  {_losses(self.values)}  {_minutes(spent)}, {_minutes(left)} left", flush=True)
 
     def scores(self, scores: dict[str, float], protocols: dict[str, str], epoch: int, step: int) -> None:
         """One evaluation, and how its scores came about."""
@@ -68,6 +78,14 @@ class Monitor:
         if self.active:
             image.save(self.folder / "grids" / f"epoch_{epoch:04}.png")
             self.board.add_image("samples", np.asarray(image), step, dataformats="HWC")
+
+    def _drop_scores_after(self, epoch: int) -> None:
+        path = self.folder / "metrics.jsonl"
+        if path.is_file():
+            lines = [line for line in path.read_text().splitlines() if _epoch_of(line) <= epoch]
+            partial = path.with_suffix(".jsonl.partial")
+            partial.write_text("".join(f"{line}\n" for line in lines))
+            partial.replace(path)
 
     def close(self) -> None:
         """End the bar and write out what is buffered."""
@@ -84,6 +102,14 @@ def write_scores(
         file.write(json.dumps({**what, **scores, "protocols": protocols}) + "\n")
     for name, value in scores.items():
         board.add_scalar(f"scores/{name}", value, what.get("step", 0))
+
+
+def _epoch_of(line: str) -> float:
+    """The epoch of a line of metrics.jsonl; endless for one that a kill cut short."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _losses(values: dict[str, Tensor]) -> str:

@@ -40,9 +40,9 @@ def embed_captions(clip: FrozenClip, captions: Sequence[str]) -> Tensor:
 
 def find_checkpoint(config: EasyDict) -> Path:
     """The newest checkpoint trained with this configuration, else the one shipped for it."""
-    trained = checkpoint.newest(Path(config.log.save_dir) / config.name)
+    trained = checkpoint.newest_first(Path(config.log.save_dir) / config.name)
     if trained:
-        return trained
+        return trained[0]
     if config.model.shipped:
         return configuration.ROOT / config.model.shipped
     raise UserError(

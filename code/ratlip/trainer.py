@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from easydict import EasyDict
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam
 from torch.utils.data import DataLoader
 
-from ratlip import build, checkpoint, distributed, losses
+from ratlip import build, checkpoint, distributed, losses, resume
 from ratlip import config as configuration
 from ratlip import device as devices
 from ratlip.augment import shift
@@ -20,11 +21,13 @@ from ratlip.clip_towers import FrozenClip
 from ratlip.data import captions
 from ratlip.data.inventory import cache_folder, usable_items
 from ratlip.data.loader import Batch, EpochBatches, TrainingImages, shard_numbers, training_loader
+from ratlip.errors import UserError
 from ratlip.evaluation import Evaluator, Scorer, scores_table
 from ratlip.models.discriminator import Discriminator
 from ratlip.models.generator import Generator
 from ratlip.monitor import Monitor, captioned_grid
 from ratlip.sampling import generate, seeded_noise
+from ratlip.stopping import Stop, Stopped
 
 GRID = (3, 6)  # rows, columns of the sample grids
 
@@ -43,28 +46,34 @@ class Training:
     total_steps: int
     optimizer_g: Adam = field(init=False)
     optimizer_d: Adam = field(init=False)
+    scaler: GradScaler = field(init=False)  # of the losses, in fp16 only
     step: int = 0
     epoch: int = 0  # finished epochs
+    bad_steps: int = 0  # steps left out because something was not finite
+    bad_in_a_row: int = 0
 
     def __post_init__(self):
         s, betas = self.settings, (self.settings.beta1, self.settings.beta2)
         self.optimizer_g = Adam(self.generator.parameters(), s.lr_g, betas, fused=True)
         self.optimizer_d = Adam(self.discriminator.parameters(), s.lr_d, betas, fused=True)
+        self.scaler = GradScaler(self.sentences.device.type, enabled=self.precision == "fp16")
 
 
 def train_step(t: Training, batch: Batch) -> dict[str, Tensor]:
     """One update of the discriminator, then one of the generator (GALIP, arXiv 2301.12959).
 
     The images that the discriminator learns from are the ones the generator then learns from: they are drawn,
-    and seen by CLIP, once.
+    and seen by CLIP, once. Where a loss or a gradient is not finite nothing is updated from there on: after a bad
+    discriminator neither network, its BatchNorm averages and the averaged generator included.
 
     Returns:
         loss terms, gradient norms and learning rates, by TensorBoard tag; not yet read from the device.
     """
-    clip, generator, discriminator = t.clip, t.generator, t.discriminator
+    clip, generator, discriminator, scaler = t.clip, t.generator, t.discriminator, t.scaler
     sentences = t.sentences[batch.rows].requires_grad_()  # (B, E); MA-GP differentiates with respect to them
     noise, real_shift, fake_shift = randomness(t, len(batch.images))
     set_learning_rates(t)
+    batch_norm = [buffer.clone() for buffer in generator.buffers()]
 
     with devices.autocast(noise.device, t.precision):
         # What CLIP sees. No graph goes through it for real images: MA-GP starts at its feature maps.
@@ -80,24 +89,38 @@ def train_step(t: Training, batch: Batch) -> dict[str, Tensor]:
         d_real = losses.hinge_real(real_logits)
         d_fake = losses.hinge_fake(discriminator(fake_maps.detach(), sentences.detach()))
         d_mismatched = losses.hinge_fake(mismatched_logits)
-        penalty = losses.matching_aware_gradient_penalty(real_logits, (real_maps, sentences))
-    t.optimizer_d.zero_grad()
-    (d_real + (d_fake + d_mismatched) / 2 + penalty).backward()
-    d_norm = update(discriminator, t.optimizer_d, t.settings.clip_grad)
-
-    # Generator
-    discriminator.requires_grad_(False)
-    with devices.autocast(noise.device, t.precision):
-        g_adversarial = -discriminator(fake_maps, sentences.detach()).mean()
+        penalty = losses.matching_aware_gradient_penalty(real_logits, (real_maps, sentences), scaler.get_scale())
+        loss_d = d_real + (d_fake + d_mismatched) / 2 + penalty
         similarity = losses.clip_similarity(fake_embeddings, sentences.detach())
-    t.optimizer_g.zero_grad()
-    (g_adversarial - t.settings.sim_w * similarity).backward()
-    g_norm = update(generator, t.optimizer_g, t.settings.clip_grad)
-    discriminator.requires_grad_(True)
+    t.optimizer_d.zero_grad()
+    scaler.scale(loss_d).backward()
+    d_norm = finish_gradients(t, discriminator, t.optimizer_d)
+    good = finite(loss_d, similarity, d_norm)
+    g_adversarial = g_norm = torch.full_like(d_norm, torch.nan)
+    if good:
+        scaler.step(t.optimizer_d)
+
+        # Generator
+        discriminator.requires_grad_(False)
+        with devices.autocast(noise.device, t.precision):
+            g_adversarial = -discriminator(fake_maps, sentences.detach()).mean()
+        t.optimizer_g.zero_grad()
+        scaler.scale(g_adversarial - t.settings.sim_w * similarity).backward()
+        discriminator.requires_grad_(True)
+        g_norm = finish_gradients(t, generator, t.optimizer_g)
+        good = finite(g_adversarial, g_norm)
+    if good:
+        scaler.step(t.optimizer_g)
+        if t.ema is not None:
+            update_ema(t.ema, generator, t.settings.ema, t.step + 1)
+    else:
+        for buffer, before in zip(generator.buffers(), batch_norm, strict=True):
+            buffer.copy_(before)
+    scaler.update()
 
     t.step += 1
-    if t.ema is not None:
-        update_ema(t.ema, generator, t.settings.ema, t.step)
+    t.bad_steps += not good
+    t.bad_in_a_row = 0 if good else t.bad_in_a_row + 1
     return {
         "loss_d/real": d_real.detach(),
         "loss_d/fake": d_fake.detach(),
@@ -109,7 +132,21 @@ def train_step(t: Training, batch: Batch) -> dict[str, Tensor]:
         "gradient_norm/g": g_norm,
         "learning_rate/g": torch.tensor(t.optimizer_g.param_groups[0]["lr"]),
         "learning_rate/d": torch.tensor(t.optimizer_d.param_groups[0]["lr"]),
+        "bad_steps": torch.tensor(t.bad_steps),
     }
+
+
+def finish_gradients(t: Training, network: torch.nn.Module, optimizer: Adam) -> Tensor:
+    """Average gradients over processes, undo the scaling of the loss, clip; gives the norm before clipping."""
+    distributed.mean_gradients(network)
+    t.scaler.unscale_(optimizer)
+    return clip_grad_norm_(network.parameters(), t.settings.clip_grad or float("inf")).detach()
+
+
+def finite(*values: Tensor) -> bool:
+    """Whether all of the numbers are finite, on every process."""
+    bad = not bool(torch.stack([value.detach().float() for value in values]).isfinite().all())
+    return not distributed.any_process(bad, values[0].device)
 
 
 def randomness(t: Training, share: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,14 +169,6 @@ def set_learning_rates(t: Training) -> None:
     for optimizer, rate in ((t.optimizer_g, t.settings.lr_g), (t.optimizer_d, t.settings.lr_d)):
         for group in optimizer.param_groups:
             group["lr"] = rate * factor
-
-
-def update(network: torch.nn.Module, optimizer: Adam, clip_grad: float) -> Tensor:
-    """Average gradients over processes, clip them, step; gives the gradient norm before clipping."""
-    distributed.mean_gradients(network)
-    norm = clip_grad_norm_(network.parameters(), clip_grad or float("inf"))
-    optimizer.step()
-    return norm.detach()
 
 
 @torch.no_grad()
@@ -193,12 +222,17 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
 
 
 def train(config: EasyDict) -> None:
-    """Train as `config` says, from the start, and leave checkpoints, logs and grids behind."""
-    started = time.time()
+    """Train as `config` says, from the start or going on, and leave checkpoints, logs and grids behind."""
+    started, stop = time.time(), Stop(config.train.max_hours)
     t, batches, loader, evaluator = prepare(config)
-    run = distributed.same(time.strftime("%Y-%m-%d_%H-%M-%S"))
+    run, content = resume.find(config)
+    scores: dict[str, dict[str, float]] = {}  # columns of the closing table: start, end, best
+    if content:
+        resume.check(config, content, t.clip.shape, len(batches) if run else None)
+        scores = restore(t, content, same_run=run is not None)
+    run = run or distributed.same(time.strftime("%Y-%m-%d_%H-%M-%S"))
     save_folder = Path(config.log.save_dir) / config.name / run
-    monitor = Monitor(Path(config.log.dir) / config.name / run, config, t.total_steps, len(batches))
+    monitor = Monitor(Path(config.log.dir) / config.name / run, config, t.epoch, t.step, len(batches))
     if distributed.rank() == 0:
         save_folder.mkdir(parents=True, exist_ok=True)
         (save_folder / "config.yml").write_text(configuration.dump(config))
@@ -206,37 +240,65 @@ def train(config: EasyDict) -> None:
         f"{config.model.name} on {t.sentences.device} in {t.precision}: {len(loader.dataset)} training images, "
         f"{len(batches)} steps an epoch, {config.train.max_epoch} epochs; logs in {monitor.folder}"
     )
+    try:
+        if not scores:
+            with stop.at_once():
+                first, grid = evaluator(t.ema or t.generator), sample_grid(t, evaluator)
+            monitor.scores(first, evaluator.protocols, 0, 0)
+            monitor.grid(grid, 0, 0)
+            scores = {"start": first, "end": first, "best": first}
+        while t.epoch < config.train.max_epoch:
+            # One pass over the images, or what is left of it
+            batches.epoch, batches.start = t.epoch, t.step - t.epoch * len(batches)
+            t.generator.train()
+            for batch in loader:
+                values = train_step(t, Batch(*(tensor.to(t.sentences.device, non_blocking=True) for tensor in batch)))
+                monitor.step(values, t.step)
+                if t.bad_in_a_row >= config.train.max_bad_steps:
+                    raise diverged(t, save_folder)
+                if distributed.any_process(stop.asked(), t.sentences.device):
+                    raise Stopped(stop.cause or "another process")
 
-    first = best = evaluator(t.ema or t.generator)
-    monitor.scores(first, evaluator.protocols, t.epoch, t.step)
-    monitor.grid(sample_grid(t, evaluator), t.epoch, t.step)
-    while t.epoch < config.train.max_epoch:
-        # One pass over the images
-        batches.epoch = t.epoch
-        t.generator.train()
-        for batch in loader:
-            values = train_step(t, Batch(*(tensor.to(t.sentences.device, non_blocking=True) for tensor in batch)))
-            monitor.step(values, t.step)
-        t.epoch += 1
-        monitor.epoch(values, t.epoch)
-
-        # At the stated intervals, and after the last: samples, scores, a checkpoint
-        last = t.epoch == config.train.max_epoch
-        if last or t.epoch % config.log.gen_interval == 0:
-            monitor.grid(sample_grid(t, evaluator), t.epoch, t.step)
-        if last or t.epoch % config.log.save_interval == 0:
-            save(t, config, save_folder / f"state_epoch_{t.epoch:03}.pth")
-        if last or t.epoch % config.log.test_interval == 0:
-            scores = evaluator(t.ema or t.generator)
-            monitor.scores(scores, evaluator.protocols, t.epoch, t.step)
-            if evaluator.better(scores, best):
-                best = scores
-                save(t, config, save_folder / "best.pth")
-    monitor.close()
-    distributed.say(f"\n{scores_table({'start': first, 'end': scores, 'best': best})}\n")
+            # At the stated intervals, and after the last: samples, scores, a checkpoint. The epoch counts as finished
+            # once they are there, so that a run that is stopped among them does them again.
+            epoch = t.epoch + 1
+            last = epoch == config.train.max_epoch
+            monitor.epoch(epoch, t.step)
+            if last or epoch % config.log.gen_interval == 0:
+                monitor.grid(sample_grid(t, evaluator), epoch, t.step)
+            if last or epoch % config.log.test_interval == 0:
+                with stop.at_once():
+                    scores["end"] = evaluator(t.ema or t.generator)
+                monitor.scores(scores["end"], evaluator.protocols, epoch, t.step)
+            t.epoch = epoch
+            if scores["end"] is not scores["best"] and evaluator.better(scores["end"], scores["best"]):
+                scores["best"] = scores["end"]
+                save(t, config, scores, len(batches), save_folder / "best.pth")
+            if last or epoch % config.log.save_interval == 0:
+                save(t, config, scores, len(batches), save_folder / f"state_epoch_{epoch:03}.pth")
+                checkpoint.keep_newest(save_folder, config.train.keep)
+    except Stopped as cause:
+        if scores:  # else nothing has been trained yet
+            save(t, config, scores, len(batches), save_folder / f"state_epoch_{t.epoch:03}_step_{t.step:08}.pth")
+        distributed.say(f"\nstopped by {cause} and saved; go on with: bash scripts/resume.sh cfg/{config.name}.yml")
+    else:
+        distributed.say(f"\n{scores_table(scores)}\n")
+    finally:
+        monitor.close()
+        stop.close()
     distributed.say(f"checkpoints  {save_folder}\nlogs, grids  {monitor.folder}")
     distributed.say(f"minutes      {(time.time() - started) / 60:.1f}")
     distributed.stop()
+
+
+def diverged(t: Training, save_folder: Path) -> UserError:
+    """What to say when nothing finite comes any more."""
+    good = checkpoint.newest_first(save_folder)
+    return UserError(
+        f"training diverged: {t.bad_in_a_row} steps in a row (to step {t.step}) had a loss or gradient that is not "
+        f"finite; the last good checkpoint is {good[0] if good else 'not yet written'}. Lower train.lr_g and "
+        f"train.lr_d, set train.clip_grad or train.precision=fp32, then resume"
+    )
 
 
 def sample_grid(t: Training, evaluator: Evaluator):
@@ -251,8 +313,12 @@ def sample_grid(t: Training, evaluator: Evaluator):
     return captioned_grid(images, [evaluator.table.texts[row] for row in rows], GRID[1])
 
 
-def save(t: Training, config: EasyDict, path: Path) -> None:
-    """Write a checkpoint, on the first process."""
+def save(t: Training, config: EasyDict, scores: dict, epoch_steps: int, path: Path) -> None:
+    """Write a checkpoint, on the first process.
+
+    No generator of random numbers has a state to save: noise, crops, order and captions all follow from the seed
+    and the step.
+    """
     if distributed.rank() > 0:
         return
     content = {
@@ -261,10 +327,29 @@ def save(t: Training, config: EasyDict, path: Path) -> None:
         "clip": t.clip.shape,
         "epoch": t.epoch,
         "step": t.step,
+        "epoch_steps": epoch_steps,
+        "bad_steps": t.bad_steps,
+        "scores": scores,
         "generator": t.generator.state_dict(),
         "discriminator": t.discriminator.state_dict(),
         "ema": t.ema.state_dict() if t.ema is not None else None,
         "optimizer_g": t.optimizer_g.state_dict(),
         "optimizer_d": t.optimizer_d.state_dict(),
+        "scaler": t.scaler.state_dict(),
     }
     checkpoint.save(content, path)
+
+
+def restore(t: Training, content: dict, same_run: bool) -> dict[str, dict[str, float]]:
+    """Take over a checkpoint's networks and optimisers and, of the same run, its place; gives that place's scores."""
+    t.generator.load_state_dict(content["generator"])
+    t.discriminator.load_state_dict(content["discriminator"])
+    if t.ema is not None:
+        t.ema.load_state_dict(content["ema"] or content["generator"])
+    t.optimizer_g.load_state_dict(content["optimizer_g"])
+    t.optimizer_d.load_state_dict(content["optimizer_d"])
+    if not same_run:
+        return {}
+    t.scaler.load_state_dict(content["scaler"])
+    t.epoch, t.step, t.bad_steps = content["epoch"], content["step"], content["bad_steps"]
+    return content["scores"]

@@ -16,6 +16,7 @@ from ratlip.augment import shift
 from ratlip.data.captions import CaptionTable
 from ratlip.data.layouts import Item, open_image
 from ratlip.errors import UserError
+from ratlip.stopping import ignore_signals
 
 OPEN_SHARDS = 16  # that an epoch draws from at any time
 
@@ -70,6 +71,7 @@ class EpochBatches(Sampler[list[Draw]]):
         self.directions = F.normalize(sentences, dim=1) if mismatch_pool > 1 else None
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
+        self.start = 0  # batches of the epoch to leave out: a run that was stopped in its midst has seen them
         if batch_size > len(table.starts) - 1:
             raise UserError(
                 f"train.batch_size: {batch_size} is larger than the {len(table.starts) - 1} training images"
@@ -87,12 +89,15 @@ class EpochBatches(Sampler[list[Draw]]):
             turns = rng.permutation(self.shards.max() + 1)[self.shards]
             order = np.argsort(turns + OPEN_SHARDS * rng.random(len(turns)))
         rows = self.table.draw(order, rng)
-        for i in range(0, len(self) * self.batch_size, self.batch_size):
-            images, own = order[i : i + self.batch_size], rows[i : i + self.batch_size]
+        for number in range(len(self)):
+            share = slice(number * self.batch_size, (number + 1) * self.batch_size)
+            images, own = order[share], rows[share]
             similar = self._similar(own, rng) if self.mismatch_pool > 1 else None
+            if number < self.start:
+                continue
             mismatched = self.table.mismatched(images, own, similar)
-            share = zip(images.tolist(), own.tolist(), mismatched.tolist(), strict=True)
-            yield [Draw(self.epoch, *place) for place in list(share)[self.rank :: self.world_size]]
+            draws = list(zip(images.tolist(), own.tolist(), mismatched.tolist(), strict=True))
+            yield [Draw(self.epoch, *draw) for draw in draws[self.rank :: self.world_size]]
 
     def _similar(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """For each of the caption rows (B,) a random pool of rows (B, mismatch_pool), the most similar first."""
@@ -217,6 +222,7 @@ def training_loader(dataset: TrainingImages, batches: EpochBatches, num_workers:
         persistent_workers=num_workers > 0,
         pin_memory=pin,
         collate_fn=collate,
+        worker_init_fn=ignore_signals,
     )
 
 

@@ -32,9 +32,11 @@ class ShuffleAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W)."""
-        mean = x.mean((2, 3))  # (B, C)
-        # Two means: torch.var_mean is several times slower on channels-last tensors on a CPU.
-        variance = (x.square().mean((2, 3)) - mean.square()).clamp(min=0)
+        # Two means: torch.var_mean is several times slower on channels-last tensors on a CPU. Not in bfloat16, where
+        # their difference would have no digit left.
+        exact = torch.promote_types(x.dtype, torch.float32)
+        mean, square = x.mean((2, 3), dtype=exact), x.square().mean((2, 3), dtype=exact)  # (B, C)
+        variance = (square - mean.square()).clamp(min=0)
         mean_c, mean_s = mean.unflatten(1, (self.groups, 2, -1)).unbind(2)  # (B, groups, C / 16) each
         variance_s = variance.unflatten(1, (self.groups, 2, -1))[:, :, 1]
 
@@ -44,7 +46,7 @@ class ShuffleAttention(nn.Module):
         slope = torch.stack([torch.zeros_like(slope_s), slope_s], dim=2).flatten(1)[:, :, None, None]  # (B, C, 1, 1)
         offset = torch.stack([offset_c, offset_s], dim=2).flatten(1)[:, :, None, None]
 
-        gated = x * torch.addcmul(offset, slope, x).sigmoid_()
+        gated = x * torch.addcmul(offset.to(x.dtype), slope.to(x.dtype), x).sigmoid_()
         # Channel 2 j + g was channel g * C / 2 + j; written so that channels-last stays channels-last.
         halves = gated.permute(0, 2, 3, 1).chunk(2, dim=3)
         return torch.stack(halves, dim=4).flatten(3).permute(0, 3, 1, 2)

@@ -3,7 +3,9 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
+from ratlip import distributed
 from ratlip.models.attention import ShuffleAttention
 from ratlip.models.rat import Affines
 
@@ -17,6 +19,29 @@ def fuse(x: Tensor, affines: Affines) -> Tensor:
     return x
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d whose statistics, while training, are those of the whole batch over all processes.
+
+    torch.nn.SyncBatchNorm does this on GPUs only; this does it for any backend, with the gradient through the sums.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W), of the same B on every process -> the same shape."""
+        if not self.training or distributed.world_size() == 1:
+            return super().forward(x)
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        count = x.numel() // x.shape[1] * distributed.world_size()
+        mean = all_reduce(exact.sum((0, 2, 3))) / count
+        centred = exact - mean[:, None, None]
+        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
 class Conv(nn.Module):
     """3x3 convolution; GALIP's is plain with a bias, RATLIP's is followed by BatchNorm, LeakyReLU 0.01 and
     (with `attention`) shuffle attention.
@@ -28,7 +53,7 @@ class Conv(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, style: str, attention: bool):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=style == "galip")
-        self.bn = nn.BatchNorm2d(out_channels) if style == "ratlip" else None
+        self.bn = BatchNorm(out_channels) if style == "ratlip" else None
         self.attention = ShuffleAttention(out_channels) if style == "ratlip" and attention else None
 
     def forward(self, x: Tensor, size: int | None = None) -> Tensor:
