@@ -26,7 +26,7 @@ class Monitor:
     """Shows a run on the terminal and keeps its logs below `folder`; silent on all processes but the first.
 
     A run that goes on from a checkpoint (of so many finished epochs and steps) continues its logs: what was logged
-    after that checkpoint is dropped.
+    after that checkpoint is dropped. Epoch -1: there was none, and all is dropped.
     """
 
     def __init__(self, folder: Path, config: EasyDict, epoch: int, step: int, epoch_steps: int):

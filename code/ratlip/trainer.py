@@ -232,7 +232,7 @@ def train(config: EasyDict) -> None:
         scores = restore(t, content, same_run=run is not None)
     run = run or distributed.same(time.strftime("%Y-%m-%d_%H-%M-%S"))
     save_folder = Path(config.log.save_dir) / config.name / run
-    monitor = Monitor(Path(config.log.dir) / config.name / run, config, t.epoch, t.step, len(batches))
+    monitor = Monitor(Path(config.log.dir) / config.name / run, config, t.epoch if scores else -1, t.step, len(batches))
     if distributed.rank() == 0:
         save_folder.mkdir(parents=True, exist_ok=True)
         (save_folder / "config.yml").write_text(configuration.dump(config))
