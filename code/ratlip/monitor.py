@@ -97,10 +97,10 @@ class Monitor:
         """filmstrip.png: one row of the grids of pictures of this side, over the run; curves.png: losses, scores."""
         if not self.active or not (grids := self._grids()):
             return
-        newest = Image.open(list(grids)[-1])
-        grids = {path: epoch for path, epoch in grids.items() if Image.open(path).size == newest.size}
-        shown = sorted({round(place) for place in np.linspace(0, len(grids) - 1, FRAMES)})
-        frames = {f"epoch {list(grids.values())[n]}": Image.open(list(grids)[n]) for n in shown}
+        sizes = {path: size for path in grids if (size := _size(path))}
+        alike = [path for path, size in sizes.items() if size == list(sizes.values())[-1]]
+        shown = sorted({round(place) for place in np.linspace(0, len(alike) - 1, FRAMES)})
+        frames = {f"epoch {grids[alike[n]]}": Image.open(alike[n]).convert("RGB") for n in shown}
         _save(filmstrip(frames, side, rows, row), self.folder / "filmstrip.png")
 
         self.board.flush()
@@ -179,6 +179,15 @@ def _memory() -> dict[str, float]:
     if torch.cuda.is_available():
         found["memory/gpu_gib"] = torch.cuda.max_memory_reserved() / GIB
     return found
+
+
+def _size(path: Path) -> tuple[int, int] | None:
+    """Width and height of a picture; None of a file that is none."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except OSError:
+        return None
 
 
 def _save(image: Image.Image, path: Path) -> None:
