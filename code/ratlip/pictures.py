@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -39,7 +40,7 @@ def captioned_grid(images: Tensor, captions: Sequence[str], columns: int, titles
     """
     pictures = to_pictures(images)
     width, height = (side * _enlargement(pictures[0].width) for side in pictures[0].size)
-    font = ImageFont.load_default(size=11)
+    font = _font()
     wrapped = [_wrap(caption, font, width) if caption else [] for caption in captions]
     rows = [wrapped[first : first + columns] for first in range(0, len(wrapped), columns)]
     heights = [_row_height(height) + TEXT_HEIGHT * max(map(len, row)) for row in rows]
@@ -68,7 +69,7 @@ def filmstrip(grids: Mapping[str, Image.Image], side: int, rows: int, row: int) 
     newest = list(grids.values())[-1]
     captions = newest.crop((0, rows * height - 4, newest.width, newest.height))  # where their text begins
     strip = Image.new("RGB", (newest.width, len(grids) * height - 4 + captions.height), "white")
-    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(size=11)
+    draw, font = ImageDraw.Draw(strip), _font()
     for number, (title, grid) in enumerate(grids.items()):
         _write(draw, _wrap(title, font, TITLE_WIDTH - 8), 4, number * height + height // 2 - TEXT_HEIGHT, font)
         pictures = grid.crop((TITLE_WIDTH, row * height, grid.width, (row + 1) * height - 4))
@@ -116,6 +117,11 @@ def is_headline(tag: str) -> bool:
     """Whether a tag is a score itself: not its uncertainty, its half, a count or a time."""
     group, _, name = tag.partition("/")
     return group == "scores" and "/" not in name and name not in ("images", "seconds")
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib: legible when small, with the letters of most alphabets."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 10)
 
 
 def _enlargement(side: int) -> int:
