@@ -24,7 +24,7 @@ TRIED = {
     "wrong path of the configuration": ("train.py cfg/demo.yaml", "no configuration file cfg/demo.yaml", "demo.yml"),
     "its name without the folder": ("train.py demo", "no configuration file demo", "cfg/ has bird.yml"),
     "its place seen from another folder": ("train.py ../cfg/demo.yml", "no configuration file ../cfg/demo.yml"),
-    "a file that is no configuration": ("train.py LICENSE", "LICENSE", "expected keys and values"),
+    "a file that is no configuration": ("train.py LICENSE", "LICENSE, line", "not valid YAML"),
     "a typo in a key": ("train.py cfg/demo.yml train.batchsize=8", "did you mean 'train.batch_size'"),
     "a key without its group": ("train.py cfg/demo.yml batch_size=8", "did you mean 'train.batch_size'"),
     "a blank in place of =": ("train.py cfg/demo.yml train.batch_size 8", "'train.batch_size'", "expected key=value"),
