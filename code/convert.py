@@ -16,9 +16,10 @@ VIT_B32 = (512, 224, 12, 768, 32, 77, 49408, 512, 8, 12)  # arguments of clip.mo
 def main() -> None:
     """Read the command line, translate, save."""
     parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         prog="python code/convert.py",
         description="Write a released GALIP or RATLIP checkpoint as one of ours, with fresh optimizers.",
-        epilog="example: python code/convert.py galip_coco.pth saved_models/coco/released/state_epoch_000.pth",
+        epilog="example:\n  python code/convert.py galip_coco.pth saved_models/coco/released/state_epoch_000.pth",
     )
     parser.add_argument("source", metavar="IN", help="a released checkpoint")
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write; it must not be there yet")

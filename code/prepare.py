@@ -2,16 +2,17 @@
 
 import argparse
 
-from ratlip import config, errors
+from ratlip import errors
 
 
 def main() -> None:
     """Read the command line, then step by step; what was done before is not done again."""
     parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         prog="bash scripts/prepare.sh",
-        description="Check a data set, list what is wrong with it, and compute once what training needs. Training does "
-        "all this by itself when it begins, except --resize.",
-        epilog="example: bash scripts/prepare.sh cfg/bird.yml --resize data.num_workers=8",
+        description="Check a data set, list what is wrong with it, and compute once what training needs.\n"
+        "Training does all this by itself when it begins, except --resize.",
+        epilog="example:\n  bash scripts/prepare.sh cfg/bird.yml --resize data.num_workers=8",
     )
     parser.add_argument("config", help="a YAML file such as cfg/bird.yml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings stronger than the file's")
@@ -21,6 +22,9 @@ def main() -> None:
         help="write copies of the training images, cropped and resized, for training to read: the same pixels, sooner",
     )
     words = parser.parse_intermixed_args()
+
+    from ratlip import config  # not before: -h needs no package
+
     resolved = config.load(words.config, words.overrides)
 
     from ratlip import preparation  # takes seconds: a typo in the words above is answered at once

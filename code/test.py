@@ -5,11 +5,13 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from easydict import EasyDict
-
-from ratlip import config, errors
+from ratlip import errors
 from ratlip.errors import UserError
+
+if TYPE_CHECKING:  # not when it runs: -h needs no package
+    from easydict import EasyDict
 
 MISSING_WEIGHTS = 3  # exit code: some metric could not be computed because its weights are not there
 
@@ -17,11 +19,13 @@ MISSING_WEIGHTS = 3  # exit code: some metric could not be computed because its 
 def main() -> None:
     """Read the command line, score, show."""
     parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         prog="bash scripts/test.sh",
-        description="Score a checkpoint on the test split: the newest one trained with the configuration unless one "
+        description="Score a checkpoint on the test split: the newest one trained with the configuration unless one\n"
         "is named, else the shipped one. Or score a folder of pictures, whoever made them.",
-        epilog="exit codes: 0 done, 2 a mistake, 3 weights of a metric in eval.metrics are missing (the others are "
-        'scored). Example: bash scripts/test.sh cfg/bird.yml galip.pth "eval.metrics=[fid_released,clip_score]"',
+        epilog="exit codes: 0 done, 2 a mistake, 3 weights of a metric in eval.metrics are missing (others are scored)"
+        "\n\nexamples:\n  bash scripts/test.sh cfg/demo.yml\n  bash scripts/test.sh cfg/bird.yml galip_bird.pth "
+        '"eval.metrics=[fid_released,clip_score]"',
     )
     parser.add_argument("config", help="a YAML file such as cfg/demo.yml")
     parser.add_argument("words", nargs="*", metavar="checkpoint|key=value", help="what to score; settings to override")
@@ -37,13 +41,16 @@ def main() -> None:
     for folder in filter(None, (arguments.images, arguments.against)):
         if not folder.is_dir():
             raise UserError(f"no folder {folder}")
+
+    from ratlip import config
+
     resolved = config.load(arguments.config, overrides)
     missing = evaluate(resolved, *checkpoints, images=arguments.images, against=arguments.against)
     sys.exit(MISSING_WEIGHTS if missing else 0)
 
 
 def evaluate(
-    resolved: EasyDict, checkpoint: str | None = None, images: Path | None = None, against: Path | None = None
+    resolved: "EasyDict", checkpoint: str | None = None, images: Path | None = None, against: Path | None = None
 ) -> list[str]:
     """Score, print the table, keep it in the logs; gives the metrics that could not be computed."""
     from torch.utils.tensorboard import SummaryWriter  # takes seconds, like all below: mistakes above are told at once

@@ -3,21 +3,28 @@
 import argparse
 import re
 
-from ratlip import config, errors
+from ratlip import errors
 
 
 def main() -> None:
     """Read the command line, train."""
     parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         prog="bash scripts/train.sh",
-        description="Train a generator. Leaves checkpoints in saved_models/ and logs for TensorBoard in logs/.",
-        epilog="example: bash scripts/train.sh cfg/demo.yml train.max_epoch=2 train.seed=1",
+        description="Train a generator. Leaves checkpoints in saved_models/ and logs for TensorBoard in logs/.\n"
+        "One process on the CPU or one GPU; torchrun over all GPUs where there are several (GPUS=1: over one).\n"
+        "Ctrl-C saves and leaves; bash scripts/resume.sh goes on.",
+        epilog="examples:\n  bash scripts/train.sh cfg/demo.yml\n"
+        "  GPUS=2 bash scripts/train.sh cfg/bird.yml train.batch_size=128 train.seed=1",
     )
     parser.add_argument("config", help="a YAML file such as cfg/demo.yml; cfg/default.yml explains every key")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings stronger than the file's")
     words = parser.parse_args()
     # scripts/resume.sh's state_epoch=120 picks the checkpoint of an epoch
     overrides = [re.sub("^state_epoch=", "train.resume=", word) for word in words.overrides]
+
+    from ratlip import config  # not before: -h needs no package
+
     resolved = config.load(words.config, overrides)
 
     from ratlip.trainer import train  # takes seconds: a typo in the words above is answered at once

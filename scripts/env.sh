@@ -2,7 +2,10 @@
 #
 # An active virtual or conda environment, or any `python` on the PATH, is used as it is when it meets the
 # requirements. Otherwise .venv is made at the repository root and filled once; a stamp remembers the
-# requirements it was filled from.
+# requirements it was filled from. Example: source scripts/env.sh && tensorboard --logdir logs
+if [ "${BASH_SOURCE[0]:-}" = "$0" ]; then # run, not sourced
+    case "${1:-}" in -h | --help) sed -n '/^#/!q;p' "$0" | cut -c3-; exit 0 ;; esac
+fi
 
 ratlip_root=$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")/.." && pwd)
 ratlip_requirements=$ratlip_root/${REQUIREMENTS:-requirements.txt}

@@ -1,93 +1,105 @@
-"""The captioned grids: their size, captions that are wrapped and never cut, and rounding to 8 bits."""
+"""What a run shows and keeps, by a run: TensorBoard's tags, pictures, and lines where there is no terminal."""
+
+import re
 
 import numpy as np
 import pytest
-import torch
+from helpers import ROOT, TINY_RUN, run
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ratlip.monitor import MIN_CELL, captioned_grid, to_pictures
-
-SHORT = "a photo"
-CAPTION = "a small blue heart at the top left on a yellow background"
-LONG = "this small bird has a white crown, wings with some brown, and a short yellow beak " * 4
-CAPITALS = "A WOMAN AND A MAN WHO WARM A MUG OF MAMMOTH MILK FOR MOM"
-ONE_WORD = "unbelievably" * 8
+EPOCHS = 4  # of three steps each: one look at the losses, which is every tenth step
 
 
-def white(count: int, side: int = 64) -> torch.Tensor:
-    return torch.ones(count, 3, side, side)
+@pytest.fixture(scope="module")
+def words(demo_folder, clip_file, tmp_path_factory):
+    """The command line of a small run, and the folder of its files."""
+    folder = tmp_path_factory.mktemp("run")
+    places = (f"log.dir={folder}/logs", f"log.save_dir={folder}/saved", f"data.dir={demo_folder}")
+    small = ("data.layout=folder", "model.imsize=16", "eval.metrics=[fd_clip,clip_score]", f"clip.weights={clip_file}")
+    return ["cfg/demo.yml", *TINY_RUN, *places, *small, f"train.max_epoch={EPOCHS}"], folder
 
 
-def ink(grid) -> np.ndarray:
-    """Which pixels are dark, where all pictures are white."""
-    return np.array(grid.convert("L")) < 200
+@pytest.fixture(scope="module")
+def finished(words):
+    """The run's folder of logs, and what it printed."""
+    result = run("train.py", *words[0])
+    assert result.returncode == 0, result.stderr
+    (logs,) = (words[1] / "logs/demo").iterdir()
+    return logs, result
 
 
-def test_to_pictures_clamps_and_rounds():
-    levels = [-5.0, -1.0, -1 + 0.4 / 127.5, -1 + 0.6 / 127.5, 0.1, 1 - 0.6 / 127.5, 1 - 0.4 / 127.5, 1.0, 3.0]
-    images = torch.tensor(levels).repeat(2, 3, 4, 1)
-    images[1, 2] = -1  # no blue in the second
-    pictures = to_pictures(images.requires_grad_())
-    assert [(p.size, p.mode) for p in pictures] == [((9, 4), "RGB")] * 2
-    assert np.array(pictures[0])[1, :, 0].tolist() == [0, 0, 0, 1, 140, 254, 255, 255, 255]
-    assert not np.array(pictures[1])[..., 2].any() and np.array(pictures[1])[..., 0].any()
+@pytest.fixture(scope="module")
+def events(finished) -> EventAccumulator:
+    events = EventAccumulator(str(finished[0]), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    return events
 
 
-def test_to_pictures_gives_back_every_level():
-    picture = torch.arange(256).repeat(3, 1, 1).float() / 127.5 - 1
-    assert np.array(to_pictures(picture[None])[0])[0, :, 1].tolist() == list(range(256))
+def test_readme_has_every_tag_and_no_other(events):
+    table = (ROOT / "README.md").read_text().partition("TensorBoard's tags:")[2].partition("\n## ")[0]
+    told = set(re.findall(r"`([\w/*]+)`", "\n".join(line.split("|")[1] for line in table.splitlines() if "|" in line)))
+    tags = events.Tags()
+    written = {re.sub("^scores/.*", "scores/*", tag) for tag in tags["scalars"]} | set(tags["images"])
+    written |= {tag.removesuffix("/text_summary") for tag in tags["tensors"]}
+    assert told - {"memory/gpu_gib"} == written - {"memory/gpu_gib"}  # only where there is a GPU
 
 
-@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (6, 3, 2), (7, 3, 3), (2, 4, 1)])
-def test_grid_size(count, columns, rows):
-    single = captioned_grid(white(1), [CAPTION], 1)
-    grid = captioned_grid(white(count), [CAPTION] * count, columns)
-    assert grid.size == (columns * single.width, rows * single.height)
-    assert single.width >= MIN_CELL and single.height > MIN_CELL
+def test_scalars_have_steps_and_sensible_values(events):
+    assert [event.step for event in events.Scalars("loss_d/real")] == [10]
+    assert [event.step for event in events.Scalars("scores/fd_clip")] == [0, 3 * EPOCHS]
+    assert [event.step for event in events.Images("samples")] == [0, 3, 6, 9, 12]
+    assert 0.1 < events.Scalars("memory/process_gib")[0].value < 64
+    assert 0 < events.Scalars("speed/images_per_second")[0].value < 1e5
 
 
-@pytest.mark.parametrize(("side", "factor"), [(8, 16), (64, 2), (100, 2), (128, 1), (256, 1)])
-def test_pictures_are_enlarged_by_whole_factors(side, factor):
-    images = torch.rand(1, 3, side, side) * 2 - 1
-    grid = np.array(captioned_grid(images, [SHORT], 1))
-    expected = np.array(to_pictures(images)[0]).repeat(factor, 0).repeat(factor, 1)
-    border = (grid.shape[1] - side * factor) // 2
-    assert np.array_equal(grid[border : border + side * factor, border : border + side * factor], expected)
+def test_hparams_name_the_settings_and_the_final_scores(finished):
+    data = EventAccumulator(str(finished[0]))
+    data.Reload()
+    plugin = data.summary_metadata if hasattr(data, "summary_metadata") else {}
+    content = b"".join(meta.plugin_data.content for tag, meta in plugin.items() if tag.startswith("_hparams_"))
+    for word in (b"train.lr_g", b"model.name", b"scores/fd_clip", b"scores/clip_score"):
+        assert word in content, word
+    assert b"scores/seconds" not in content
 
 
-def test_pictures_and_captions_stand_in_their_cells():
-    images = white(4)
-    images[2] = -1
-    grid = np.array(captioned_grid(images, ["", "", "", SHORT], 2).convert("L")) < 200
-    height, width = (side // 2 for side in grid.shape)
-    assert not grid[:height].any()
-    left, right = grid[height:, :width], grid[height:, width:]
-    assert left.sum() == 128 * 128  # the black picture and nothing else
-    assert 30 < right.sum() < 2000 and not right[: 128 + 4].any()  # its caption, below the picture
+def test_lines_where_there_is_no_terminal(finished):
+    _, result = finished
+    lines = [line for line in result.stdout.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == EPOCHS and not result.stderr
+    for number, line in enumerate(lines, 1):
+        assert line.startswith(f"epoch {number}/{EPOCHS}  real ")
+        assert "ma_gp" in line and "clip_similarity" in line and "images/s" in line and line.endswith(" left")
 
 
-@pytest.mark.parametrize("side", [64, 128, 256])
-@pytest.mark.parametrize("caption", [SHORT, CAPTION, LONG, CAPTION.upper(), CAPITALS, ONE_WORD, "m" * 50, "W" * 50])
-def test_captions_are_never_cut(caption, side):
-    grid = ink(captioned_grid(white(1, side), [caption], 1))
-    assert grid.any()
-    assert not grid[:, -2:].any(), "runs over the right border of its cell"
-    assert not grid[:, :1].any() and not grid[-2:].any()
+def test_grids_have_real_averaged_and_present_rows(finished):
+    logs, _ = finished
+    first, last = (Image.open(logs / f"grids/epoch_{epoch:04}.png") for epoch in (0, EPOCHS))
+    assert first.size == last.size
+    assert first.width == 76 + 6 * 136 and first.height > 5 * 138  # six test images; five rows and captions
+    rows = [np.array(grid.crop((76, 0, grid.width, 690))).reshape(5, 138, -1) for grid in (first, last)]
+    assert np.array_equal(rows[0][0], rows[1][0]), "the real pictures stay"
+    assert np.array_equal(rows[0][1], rows[0][3]), "before the first step the averaged weights are the present ones"
+    assert not np.array_equal(rows[1][1], rows[1][3]) and not np.array_equal(rows[0][3], rows[1][3])
+    assert not np.array_equal(rows[0][1], rows[0][2]), "two noises"
 
 
-def test_longer_captions_take_more_lines_and_lose_no_ink():
-    heights, amounts = [], []
-    for repeat in (1, 2, 4):
-        grid = captioned_grid(white(1), [" ".join([CAPTION] * repeat)], 1)
-        heights.append(grid.height)
-        amounts.append(ink(grid).sum())
-    assert heights[0] < heights[1] < heights[2]
-    for repeat, amount in zip((2, 4), amounts[1:], strict=True):
-        assert amount == pytest.approx(repeat * amounts[0], rel=0.1)
+def test_filmstrip_and_curves(finished):
+    logs, _ = finished
+    strip = Image.open(logs / "filmstrip.png")
+    grid = Image.open(logs / f"grids/epoch_{EPOCHS:04}.png")
+    assert strip.width == grid.width and strip.height == grid.height  # as many epochs as the grid has rows
+    newest = np.array(grid)[138 : 138 + 134, 76:]
+    assert np.array_equal(np.array(strip)[EPOCHS * 138 :][:134, 76:], newest)
+    assert np.array(Image.open(logs / "curves.png").convert("L")).std() > 5
 
 
-def test_all_cells_are_as_tall_as_the_longest_caption_needs():
-    tall, mixed = captioned_grid(white(1), [LONG], 1), captioned_grid(white(4), [SHORT, LONG, SHORT, SHORT], 2)
-    assert mixed.height == 2 * tall.height
-    cells = ink(mixed).reshape(2, tall.height, 2, tall.width)
-    assert np.array_equal(cells[0, :, 1], ink(tall))
-    assert cells[0, :, 0].sum() == cells[1, :, 0].sum() == cells[1, :, 1].sum() < cells[0, :, 1].sum()
+def test_a_run_that_goes_on_drops_the_pictures_of_later_epochs(finished, words, tmp_path):
+    logs, _ = finished
+    (logs / "grids/epoch_0009.png").write_bytes((logs / "grids/epoch_0004.png").read_bytes())
+    (logs / "grids/epoch_0001.png").write_bytes(b"")  # cannot be read: the filmstrip goes without it
+    result = run("train.py", *words[0], "train.resume=auto", f"train.max_epoch={EPOCHS + 1}")
+    assert result.returncode == 0, result.stderr
+    names = sorted(path.name for path in (logs / "grids").iterdir())
+    assert names == [f"epoch_000{epoch}.png" for epoch in range(EPOCHS + 2)]
+    assert Image.open(logs / "filmstrip.png").height == Image.open(logs / "grids/epoch_0005.png").height

@@ -57,10 +57,10 @@ def last_state(folder: Path) -> dict:
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard's curves as it shows them, without those of time."""
+    """TensorBoard's curves as it shows them, without those of time and memory."""
     events = EventAccumulator(str(only(folder, "logs")), size_guidance={"scalars": 0})
     events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if "second" not in tag]
+    tags = [tag for tag in events.Tags()["scalars"] if "second" not in tag and "memory" not in tag]
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 

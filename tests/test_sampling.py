@@ -7,8 +7,11 @@ import pytest
 import torch
 from helpers import ROOT, assert_refused, released_weights, run
 from PIL import Image
+from scipy.stats import norm, truncnorm
 
-from ratlip.sampling import seeded_noise
+from ratlip.clip_towers import load_clip
+from ratlip.errors import UserError
+from ratlip.sampling import embed_captions, interpolate, seeded_noise, similarities, truncated
 
 CAPTION = "a small blue heart at the top left on a yellow background"
 UNTRAINED = "log.save_dir=nothing_trained_here"
@@ -20,6 +23,44 @@ def test_noise_belongs_to_the_sample():
     assert not torch.equal(noise[0], noise[1])
     assert not torch.equal(noise[1], seeded_noise(4, [5], 100)[0])
     assert seeded_noise(0, range(500), 100).std() == pytest.approx(1, abs=0.02)
+
+
+def test_truncated_noise_has_the_truncated_normal_distribution():
+    """Quantiles against SciPy's, and the order of the numbers kept."""
+    noise = seeded_noise(0, range(50), 100)
+    for limit in (0.3, 1.0, 2.5):
+        found = truncated(noise, limit)
+        expected = truncnorm.ppf(norm.cdf(noise.double()), -limit, limit)
+        assert found.abs().max() <= limit and found.dtype == torch.float32
+        assert np.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(truncated(noise, float("inf")), noise, atol=1e-5)
+    with pytest.raises(UserError, match="above 0, not 0"):
+        truncated(noise, 0)
+
+
+def test_interpolation_keeps_to_the_great_circle():
+    start, end = seeded_noise(0, [0, 1], 100)
+    end = 2 * end
+    path = interpolate(start, end, 5)
+    assert path.shape == (5, 100)
+    assert torch.allclose(path[0], start, atol=1e-5) and torch.allclose(path[-1], end, atol=1e-5)
+    lengths = path.norm(dim=1)
+    assert torch.allclose(lengths.diff(), lengths.diff()[:1].expand(4), rtol=1e-3)
+    angles = torch.nn.functional.cosine_similarity(path[:-1], path[1:]).arccos()
+    assert torch.allclose(angles, angles[:1].expand(4), rtol=1e-3)
+    assert torch.equal(interpolate(start, start, 3), start.expand(3, -1))
+    assert torch.isfinite(interpolate(start, -start, 3)).all()
+
+
+def test_similarities_are_clips_cosines(clip_file):
+    clip = load_clip(str(clip_file))
+    images, sentences = torch.rand(3, 3, 32, 32) * 2 - 1, embed_captions(clip, ["a bird", "a red bird", "two birds"])
+    found = similarities(clip, images, sentences)
+    for image, sentence, cosine in zip(images, sentences, found, strict=True):
+        embedding = clip.image(image[None])[1][0]
+        assert float(cosine) == pytest.approx(
+            float(embedding @ sentence / embedding.norm() / sentence.norm()), abs=1e-5
+        )
 
 
 def test_shipped_checkpoint_draws_the_caption(tmp_path):

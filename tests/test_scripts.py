@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run
 
 INTERPRETER = Path(sys.executable).parent
 
@@ -44,12 +44,34 @@ def test_env_keeps_the_callers_pythonpath(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("name", ["train.sh", "prepare.sh", "sample.sh", "test.sh", "check.sh"])
-def test_help(name, tmp_path):
-    result = bash(ROOT / "scripts" / name, "-h", folder=tmp_path, home=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert f"bash scripts/{name}" in result.stdout  # the usage or an example, as it is to be typed
-    assert "Traceback" not in result.stderr
+EVERY = ["train.sh", "resume.sh", "prepare.sh", "sample.sh", "test.sh", "check.sh", "env.sh", "slurm.sbatch"]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_help_of_every_script_has_an_example_and_needs_no_package(name, tmp_path):
+    """With a python3 that has nothing installed, as on a bare machine; and nothing is installed for it."""
+    (tmp_path / "python3").write_text(f"#!/bin/sh\nexec '{sys.executable}' -S -E \"$@\"\n")
+    (tmp_path / "python3").chmod(0o755)
+    command = f"PATH='{tmp_path}':/usr/bin:/bin bash '{ROOT}/scripts/{name}' --help"
+    result = bash("-c", command, folder=tmp_path, home=tmp_path)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    assert "xample" in result.stdout
+    start = {"env.sh": "source", "slurm.sbatch": "sbatch --nodes=1"}.get(name, "bash")
+    example = result.stdout.partition("xample")[2]
+    assert re.search(rf"{start} scripts/{name}", example), example  # as it is to be typed
+
+
+@pytest.mark.parametrize("name", ["convert.py", "train_demo_clip.py"])
+def test_help_of_what_has_no_script(name):
+    result = run(name, "-h")
+    assert result.returncode == 0 and f"example: python code/{name}" in " ".join(result.stdout.split())
+
+
+def test_every_script_and_entry_point_is_among_these():
+    scripts = {path.name for path in (ROOT / "scripts").iterdir()}
+    assert scripts == set(EVERY)
+    entries = {path.name for path in (ROOT / "code").glob("*.py")}
+    assert entries == {"train.py", "prepare.py", "sample.py", "test.py", "convert.py", "train_demo_clip.py"}
 
 
 def test_all_scripts_parse_and_say_what_they_do():

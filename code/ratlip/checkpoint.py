@@ -45,8 +45,10 @@ def read(path: str | Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
-        raise UserError(f"{path} holds more than tensors and plain values; refused unread. {reason}".strip()) from None
+        asked = next((line for line in str(error).splitlines() if "GLOBAL" in line), None)
+        if asked is None:
+            raise UserError(f"{path} is no checkpoint, or holds more than tensors and plain values; refused") from None
+        raise UserError(f"{path} holds more than tensors and plain values; refused unread. {asked}".strip()) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is no checkpoint, or is cut short ({first_line(error)})") from None
     if not isinstance(content, dict):

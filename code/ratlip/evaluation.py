@@ -176,7 +176,7 @@ class Evaluator:
     """
 
     def __init__(self, scorer: Scorer, items: Sequence[Item], precision: str = "fp32"):
-        self.scorer, self.precision = scorer, precision
+        self.scorer, self.items, self.precision = scorer, items, precision
         settings = scorer.config.eval
         self.batch_size = settings.batch_size
         self.samples = settings.samples or settings.sample_times * len(items)

@@ -1,25 +1,30 @@
-"""What a run shows and keeps: TensorBoard, metrics.jsonl, and captioned grids of samples."""
+"""What a run shows and keeps: progress, TensorBoard, metrics.jsonl, and pictures of its samples and curves."""
 
 import json
+import logging
+import os
+import resource
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from easydict import EasyDict
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from ratlip import distributed
-from ratlip.config import dump
+from ratlip.config import dump, flatten
+from ratlip.pictures import curves, filmstrip, is_headline
 
 LOG_EVERY = 10  # steps between looks at the losses, each of which waits for the device
-TEXT_HEIGHT = 14  # pixels of a line of caption
-MIN_CELL = 128  # pixels; smaller pictures are enlarged by whole factors so that captions fit below them
+FRAMES = 12  # of the filmstrip
+GIB = 2**30
 
 
 class Monitor:
@@ -34,10 +39,14 @@ class Monitor:
         self.total_steps = epoch_steps * config.train.max_epoch
         self.active = distributed.rank() == 0
         self.first_step, self.started = step, time.time()
-        self.last_look, self.values = self.started, {}
+        self.last_look = self.epoch_ended = self.started
+        self.values: dict[str, Tensor] = {}
         if self.active:
             (folder / "grids").mkdir(parents=True, exist_ok=True)
             self._drop_scores_after(epoch)
+            for path, of in self._grids().items():
+                if of > epoch:
+                    path.unlink()
             self.board = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
             self.board.add_text("config", f"```\n{dump(config)}\n```", step)
         self.on_terminal = self.active and sys.stderr.isatty()
@@ -54,6 +63,7 @@ class Monitor:
         now = time.time()
         scalars = {tag: float(value) for tag, value in values.items()}
         scalars["speed/images_per_second"] = LOG_EVERY * self.config.train.batch_size / (now - self.last_look)
+        scalars |= _memory()
         self.last_look = now
         for tag, value in scalars.items():
             self.board.add_scalar(tag, value, step)
@@ -62,22 +72,64 @@ class Monitor:
 
     def epoch(self, epoch: int, step: int) -> None:
         """End of an epoch: a line of its own where no bar can be shown."""
+        self.epoch_ended = time.time()
         if self.active and not self.on_terminal:
-            spent = time.time() - self.started
-            left = spent / max(1, step - self.first_step) * (self.total_steps - step)
+            spent, steps = self.epoch_ended - self.started, step - self.first_step
+            left = spent / max(1, steps) * (self.total_steps - step)
             place = f"epoch {epoch}/{self.config.train.max_epoch}"
-            print(f"{place}  {_losses(self.values)}  {_minutes(spent)}, {_minutes(left)} left", flush=True)
+            rate = f"{steps * self.config.train.batch_size / spent:.3g} images/s"
+            print(f"{place}  {_losses(self.values)}  {rate}, {_minutes(spent)}, {_minutes(left)} left", flush=True)
 
     def scores(self, scores: dict[str, float], protocols: dict[str, str], epoch: int, step: int) -> None:
         """One evaluation, and how its scores came about."""
+        self._took_time()
         if self.active:
             write_scores(self.folder, self.board, scores, {"epoch": epoch, "step": step}, protocols)
 
     def grid(self, image: Image.Image, epoch: int, step: int) -> None:
         """A sample grid, as PNG and in TensorBoard."""
+        self._took_time()
         if self.active:
-            image.save(self.folder / "grids" / f"epoch_{epoch:04}.png")
+            _save(image, self.folder / "grids" / f"epoch_{epoch:04}.png")
             self.board.add_image("samples", np.asarray(image), step, dataformats="HWC")
+
+    def draw(self, side: int, rows: int, row: int) -> None:
+        """filmstrip.png: one row of the grids of pictures of this side, over the run; curves.png: losses, scores."""
+        if not self.active or not (grids := self._grids()):
+            return
+        sizes = {path: size for path in grids if (size := _size(path))}
+        alike = [path for path, size in sizes.items() if size == list(sizes.values())[-1]]
+        shown = sorted({round(place) for place in np.linspace(0, len(alike) - 1, FRAMES)})
+        frames = {f"epoch {grids[alike[n]]}": Image.open(alike[n]).convert("RGB") for n in shown}
+        _save(filmstrip(frames, side, rows, row), self.folder / "filmstrip.png")
+
+        self.board.flush()
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of what was dropped when a run went on
+        events = EventAccumulator(str(self.folder), size_guidance={"scalars": 0})
+        events.Reload()
+        scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+        curves(scalars).savefig(self.folder / "curves.png", dpi=100)
+
+    def hparams(self, scores: dict[str, float]) -> None:
+        """The settings and final scores for TensorBoard's table of runs; the scores are those below scores/."""
+        if self.active:
+            settings = {key: value for key, value in flatten(self.config).items() if key != "name"}
+            plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in settings.items()}
+            final = {f"scores/{name}": value for name, value in scores.items() if is_headline(f"scores/{name}")}
+            for summary in hparams(plain, final):
+                self.board.file_writer.add_summary(summary)
+
+    def _grids(self) -> dict[Path, int]:
+        """The sample grids that are there, and their epochs, in order."""
+        paths = sorted((self.folder / "grids").glob("epoch_*.png"))
+        found = {path: int(path.stem.removeprefix("epoch_")) for path in paths}
+        return dict(sorted(found.items(), key=lambda pair: pair[1]))
+
+    def _took_time(self) -> None:
+        """Do not count what was done since the epoch ended as time of the training steps."""
+        now = time.time()
+        self.last_look += now - self.epoch_ended
+        self.epoch_ended = now
 
     def _drop_scores_after(self, epoch: int) -> None:
         path = self.folder / "metrics.jsonl"
@@ -120,41 +172,26 @@ def _minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
-def to_pictures(images: Tensor) -> list[Image.Image]:
-    """Images (B, 3, H, W) in [-1, 1], clamped -> B pictures of 8 bits."""
-    levels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels]
+def _memory() -> dict[str, float]:
+    """The most memory that this process has held so far, in GiB."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of what getrusage counts
+    found = {"memory/process_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}
+    if torch.cuda.is_available():
+        found["memory/gpu_gib"] = torch.cuda.max_memory_reserved() / GIB
+    return found
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines of at most `width` pixels; a word that is wider than that is broken."""
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-            continue
-        if lines[-1]:
-            lines.append("")
-        for letter in word:
-            if font.getlength(lines[-1] + letter) > width:
-                lines.append("")
-            lines[-1] += letter
-    return lines
+def _size(path: Path) -> tuple[int, int] | None:
+    """Width and height of a picture; None of a file that is none."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except OSError:
+        return None
 
 
-def captioned_grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
-    """Images (B, 3, H, W) in [-1, 1] in rows of `columns`, each with its caption below, wrapped and never cut."""
-    pictures = to_pictures(images)
-    factor = max(1, -(-MIN_CELL // pictures[0].width))
-    width, height = (side * factor for side in pictures[0].size)
-    font = ImageFont.load_default(size=11)
-    wrapped = [_wrap(caption, font, width) for caption in captions]
-    cell = (width + 8, height + TEXT_HEIGHT * max(map(len, wrapped)) + 10)
-    grid = Image.new("RGB", (columns * cell[0], -(-len(pictures) // columns) * cell[1]), "white")
-    draw = ImageDraw.Draw(grid)
-    for i, (picture, lines) in enumerate(zip(pictures, wrapped, strict=True)):
-        x, y = i % columns * cell[0] + 4, i // columns * cell[1] + 4
-        grid.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
-        for number, line in enumerate(lines):
-            draw.text((x, y + height + 2 + number * TEXT_HEIGHT), line, "black", font=font)
-    return grid
+def _save(image: Image.Image, path: Path) -> None:
+    """A PNG, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    image.save(partial, "PNG")
+    os.replace(partial, path)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from easydict import EasyDict
 from torch import Tensor
 
@@ -20,6 +21,41 @@ def seeded_noise(seed: int, numbers: Sequence[int], dim: int) -> Tensor:
     """Standard normal noise (B, dim) of the samples with these numbers: each depends on (seed, number) alone."""
     rows = [np.random.default_rng((seed, number)).standard_normal(dim, dtype=np.float32) for number in numbers]
     return torch.from_numpy(np.stack(rows))
+
+
+def truncated(noise: Tensor, limit: float) -> Tensor:
+    """Standard normal noise of any shape as noise of the normal distribution cut off at +-limit (limit > 0).
+
+    Quantiles are mapped to quantiles: a smaller limit gives less varied pictures of the same order (the truncation
+    trick of BigGAN, Brock et al. 2019, arXiv 1809.11096), a large one the noise itself.
+    """
+    if not limit > 0:
+        raise UserError(f"noise is truncated at a number above 0, not {limit}")
+    outside = torch.special.ndtr(torch.tensor(-limit, dtype=torch.float64))  # below -limit, and above limit
+    quantiles = outside + torch.special.ndtr(noise.double()) * (1 - 2 * outside)
+    return torch.special.ndtri(quantiles).clamp(-limit, limit).to(noise.dtype)
+
+
+def interpolate(start: Tensor, end: Tensor, count: int) -> Tensor:
+    """From one noise or sentence embedding (D,) to another, in (count, D) equal steps, both ends included.
+
+    The direction moves along the great circle and the length linearly, so that noise between two noises is as long
+    as they are; a straight line would pass nearer to zero than noise ever lies.
+    """
+    shares = torch.linspace(0, 1, count, dtype=start.dtype, device=start.device)[:, None]
+    lengths = start.norm().lerp(end.norm(), shares)  # (count, 1)
+    first, last = F.normalize(start, dim=0), F.normalize(end, dim=0)
+    angle = torch.atan2((last - first).norm(), (last + first).norm()) * 2
+    if angle.sin() < 1e-4:  # the same direction, or opposite ones, between which there is no one great circle
+        return start.lerp(end, shares)
+    directions = ((1 - shares) * angle).sin() * first + (shares * angle).sin() * last
+    return directions / angle.sin() * lengths
+
+
+@torch.no_grad()
+def draw(generator: Generator, sentences: Tensor, noise: Tensor) -> Tensor:
+    """Every caption with every noise: sentence embeddings (C, E), noise (N, Z) -> images (C, N, 3, S, S) in [-1, 1]."""
+    return torch.stack([generate(generator, noise, sentence.expand(len(noise), -1)) for sentence in sentences])
 
 
 @torch.no_grad()
@@ -38,13 +74,20 @@ def embed_captions(clip: FrozenClip, captions: Sequence[str]) -> Tensor:
     return clip.text(clip.tokenize(captions).to(clip.mean.device))[0]
 
 
+@torch.no_grad()
+def similarities(clip: FrozenClip, images: Tensor, sentences: Tensor) -> Tensor:
+    """Cosines (B,) of images (B, 3, S, S) in [-1, 1] and sentence embeddings (B, E) in CLIP, between -1 and 1."""
+    return F.cosine_similarity(clip.image(images)[1], sentences, dim=1)
+
+
 def find_checkpoint(config: EasyDict) -> Path:
     """The newest checkpoint trained with this configuration, else the one shipped for it."""
     trained = checkpoint.newest_first(Path(config.log.save_dir) / config.name)
     if trained:
         return trained[0]
     if config.model.shipped:
-        return configuration.ROOT / config.model.shipped
+        shipped = configuration.ROOT / config.model.shipped
+        return shipped.relative_to(Path.cwd()) if shipped.is_relative_to(Path.cwd()) else shipped
     raise UserError(
         f"nothing has been trained with {config.name} yet (no checkpoint below {config.log.save_dir}/{config.name}); "
         f"run: bash scripts/train.sh cfg/{config.name}.yml, or name a checkpoint"

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from easydict import EasyDict
+from PIL import Image
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
@@ -20,16 +21,17 @@ from ratlip.augment import shift
 from ratlip.clip_towers import FrozenClip
 from ratlip.data import captions
 from ratlip.data.inventory import cache_folder, usable_items
-from ratlip.data.loader import Batch, EpochBatches, TrainingImages, shard_numbers, training_loader
+from ratlip.data.loader import Batch, EpochBatches, TestImages, TrainingImages, shard_numbers, training_loader
 from ratlip.errors import UserError
 from ratlip.evaluation import Evaluator, Scorer, scores_table
 from ratlip.models.discriminator import Discriminator
 from ratlip.models.generator import Generator
-from ratlip.monitor import Monitor, captioned_grid
+from ratlip.monitor import Monitor
+from ratlip.pictures import captioned_grid
 from ratlip.sampling import generate, seeded_noise
 from ratlip.stopping import Stop, Stopped
 
-GRID = (3, 6)  # rows, columns of the sample grids
+GRID = (8, 2)  # captions and noises of the sample grids
 
 
 @dataclass
@@ -188,11 +190,10 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     local_rank = distributed.start()
     place = devices.choose(config.train.device, local_rank)
     precision = devices.choose_precision(config.train.precision, place)
+    with distributed.first_process_first():  # before CLIP, which may be a long download, is asked for
+        items, test_items = (usable_items(config, split) for split in ("train", "test"))
     torch.manual_seed(config.train.seed)
     clip = build.clip_of(config).to(place)
-
-    with distributed.first_process_first():
-        items, test_items = (usable_items(config, split) for split in ("train", "test"))
     table = captions.CaptionTable([item.captions for item in items])
     with distributed.first_process_first():
         sentences = captions.embed(table, clip, cache_folder(config.data))
@@ -281,8 +282,11 @@ def train(config: EasyDict) -> None:
         if scores:  # else nothing has been trained yet
             save(t, config, scores, len(batches), save_folder / f"state_epoch_{t.epoch:03}_step_{t.step:08}.pth")
         distributed.say(f"\nstopped by {cause} and saved; go on with: bash scripts/resume.sh cfg/{config.name}.yml")
+        draw_course(t, monitor)
     else:
         distributed.say(f"\n{scores_table(scores)}\n")
+        monitor.hparams(scores["end"])
+        draw_course(t, monitor)
     finally:
         monitor.close()
         stop.close()
@@ -301,16 +305,31 @@ def diverged(t: Training, save_folder: Path) -> UserError:
     )
 
 
-def sample_grid(t: Training, evaluator: Evaluator):
-    """Captioned grid of the averaged generator's pictures for the first test images, the same noise each time."""
-    count = min(GRID[0] * GRID[1], len(evaluator.table.starts) - 1)
-    rows = evaluator.table.starts[:count]
-    generator = t.ema or t.generator
-    training = generator.training
-    noise = seeded_noise(0, range(count), generator.noise_dim).to(t.sentences.device)
-    images = generate(generator.eval(), noise, evaluator.sentences[rows], t.precision)
-    generator.train(training)
-    return captioned_grid(images, [evaluator.table.texts[row] for row in rows], GRID[1])
+def sample_grid(t: Training, evaluator: Evaluator) -> Image.Image:
+    """The same captions and noises each time, a column and a row each: captions of test images, spread over the
+    split; those images; what the averaged generator draws for them; and what the present one does."""
+    columns, noises = min(GRID[0], len(evaluator.items)), range(GRID[1])
+    numbers = [column * len(evaluator.items) // columns for column in range(columns)]
+    rows = evaluator.table.starts[numbers]  # each image's first caption
+    test_images = TestImages(evaluator.items, t.generator.sizes[-1])
+    blocks, titles = [torch.stack([test_images[number][0] for number in numbers])], ["real"]
+    for name, generator in (("averaged", t.ema), ("present", t.generator)):
+        if generator is None:
+            continue
+        training = generator.training
+        for number in noises:
+            noise = seeded_noise(0, [number] * columns, generator.noise_dim).to(t.sentences.device)
+            blocks.append(generate(generator.eval(), noise, evaluator.sentences[rows], t.precision).cpu())
+            titles.append(f"{name}, noise {number}")
+        generator.train(training)
+    texts = [""] * columns * (len(titles) - 1) + [evaluator.table.texts[row] for row in rows]
+    return captioned_grid(torch.cat(blocks), texts, columns, titles)
+
+
+def draw_course(t: Training, monitor: Monitor) -> None:
+    """The filmstrip, of the first row below the real images, and the curves of the run so far."""
+    networks = 1 if t.ema is None else 2
+    monitor.draw(t.generator.sizes[-1], rows=1 + GRID[1] * networks, row=1)
 
 
 def save(t: Training, config: EasyDict, scores: dict, epoch_steps: int, path: Path) -> None:

@@ -1,0 +1,128 @@
+"""README.md and CONTRIBUTING.md: what they tell to type works, and what they say of the program is so."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, TINY_RUN
+from torch import nn
+
+from ratlip import build
+from ratlip.data import layouts
+from ratlip.metrics.metric import Metric, Scored
+
+README, CONTRIBUTING = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
+
+# README's commands that are not run below, and the tests that run the same script and words on something small.
+ELSEWHERE = {
+    r"bash scripts/check\.sh": ".ci/run",
+    r"bash scripts/prepare\.sh cfg/bird\.yml --resize .*": "tests/test_preparation.py::test_a_second_run_does_nothing",
+    r"bash scripts/prepare\.sh cfg/bird\.yml .*": "tests/test_preparation.py::test_the_table_and_the_cache",
+    r"(GPUS=2 )?bash scripts/train\.sh cfg/bird\.yml": "tests/test_distributed.py::test_two_processes_train_as_one",
+    r"bash scripts/resume\.sh cfg/bird\.yml": "tests/test_distributed.py::test_two_processes_stop_together_and_resume",
+    r"bash scripts/resume\.sh cfg/bird\.yml state_epoch=120": "tests/test_resume.py::test_resuming_picks_an_epoch",
+    r"sbatch scripts/slurm\.sbatch cfg/bird\.yml": "tests/test_scripts.py::test_all_scripts_parse",
+    r"bash scripts/test\.sh cfg/bird\.yml": "tests/test_evaluation.py::test_statistics_are_made_once",
+    r"bash scripts/test\.sh cfg/\w+\.yml \S+\.pth .*": "tests/test_evaluation.py::test_a_released_checkpoint_is_scored",
+    r"bash scripts/test\.sh .* --images .*": "tests/test_evaluation.py::test_folders_score_as_torch_fidelity_says",
+    r"python code/convert\.py .*": "tests/test_convert.py::test_both_files_draw_the_same_picture",
+}
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The code blocks of a language, those inside lists included."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```", text, re.MULTILINE | re.DOTALL)
+    return [re.sub(f"^{indent}", "", block, flags=re.MULTILINE) for indent, block in found]
+
+
+def commands(text: str) -> list[str]:
+    lines = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
+    lines = [" ".join(re.sub(r"\s#.*", "", line).split()) for line in lines]
+    return list(dict.fromkeys(line for line in lines if line))
+
+
+RUN = [command for command in commands(README) if re.search(r"cfg/(demo|mine)\.yml", command)]
+
+
+def test_every_command_of_the_readme_is_run():
+    left = [command for command in commands(README) if command not in RUN]
+    assert len(RUN) > 4 and len(left) > 8
+    for command in left:
+        places = [place for pattern, place in ELSEWHERE.items() if re.fullmatch(pattern, command)]
+        assert places, f"README tells to run {command!r}: which test does?"
+    for place in ELSEWHERE.values():
+        name, _, test = place.partition("::")
+        assert f"def {test}" in (ROOT / name).read_text() if test else (ROOT / name).is_file(), place
+
+
+def test_the_readmes_commands_run_in_order(tmp_path, demo_folder, clip_file):
+    """As they stand, with words after them that make them small, in a folder that holds what a clone does."""
+    for name in ("code", "scripts", "assets"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "cfg", tmp_path / "cfg")
+    (five_lines,) = blocks(README, "yaml")[:1]
+    assert len(five_lines.splitlines()) == 5
+    (tmp_path / "cfg/mine.yml").write_text(five_lines)
+    shutil.copytree(demo_folder, tmp_path / "data/mine")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "GPUS": "1"}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "https_proxy": "http://127.0.0.1:9"}
+    tiny = [*TINY_RUN, f"clip.weights={clip_file}", "eval.metrics=[fd_clip]"]
+    small = {
+        "demo": [*tiny, "data.layout=folder", "data.dir=data/mine", "model.imsize=16"],
+        "mine": tiny,
+    }
+    order = ("prepare.sh", "train.sh", "resume.sh", "sample.sh", "test.sh")
+    ordered = sorted(RUN, key=lambda command: order.index(re.search(r"(\w+\.sh)", command)[1]))
+    for command in ordered:
+        words = small[re.search(r"cfg/(\w+)\.yml", command)[1]]
+        if "sample.sh" in command:
+            words = [f"clip.weights={clip_file}", "--n", "1"]
+        whole = f"{command} {shlex.join(words)}"
+        result = subprocess.run(
+            ["bash", "-c", whole], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert result.returncode == 0, (whole, result.stdout, result.stderr)
+    assert (tmp_path / "samples/grid.png").is_file()
+
+
+def test_links_lead_somewhere():
+    for name in ("README.md", "CONTRIBUTING.md", "docs/running.md", "docs/demo.md", "docs/results.md"):
+        text = (ROOT / name).read_text()
+        anchors = {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
+                   for title in re.findall(r"^#+ (.*)", text, re.MULTILINE)}  # fmt: skip
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+            path, _, anchor = target.partition("#")
+            assert not path or (ROOT / name).parent.joinpath(path).exists(), (name, target)
+            assert not anchor or path or anchor in anchors, (name, target)
+
+
+def test_contributings_examples_work(small_clip, tmp_path, monkeypatch):
+    names = {"nn": nn, "torch": torch, "Metric": Metric, "LAYOUTS": layouts.LAYOUTS, "Layout": layouts.Layout}
+    monkeypatch.setattr(layouts, "LAYOUTS", dict(layouts.LAYOUTS))
+    names["LAYOUTS"] = layouts.LAYOUTS
+    for block in blocks(CONTRIBUTING, "python"):
+        exec(block, names)
+
+    images = torch.stack([torch.zeros(3, 8, 8), torch.cat([torch.ones(3, 4, 8), -torch.ones(3, 4, 8)], dim=1)])
+    metric = names["Contrast"](None, 2)
+    metric.update(Scored(torch.arange(2), images, None, None))
+    assert metric.compute()["contrast"] == pytest.approx(0.5, abs=0.01)
+
+    generator = names["Linear"](small_clip, 16, 8)
+    assert generator(torch.zeros(2, 8), torch.zeros(2, small_clip.embedding_dim)).shape == (2, 3, 16, 16)
+    assert hasattr(build, "generator_of")
+
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "filenames.pickle").write_bytes(b"\x80\x04]\x94\x8c\x03one\x94a.")
+    for name, content in (("photos/one.jpg", b""), ("captions/one.txt", b"a car")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(content)
+    items, problems = layouts.read_items("cars", tmp_path, "train")
+    assert [item.captions for item in items] == [["a car"]] and not problems

@@ -1,0 +1,149 @@
+"""Rounding to 8 bits; captioned grids, their size and captions that are never cut; filmstrip and curves."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ratlip.pictures import MIN_CELL, TITLE_WIDTH, captioned_grid, curves, filmstrip, save_pictures, to_pictures
+
+SHORT = "a photo"
+CAPTION = "a small blue heart at the top left on a yellow background"
+LONG = "this small bird has a white crown, wings with some brown, and a short yellow beak " * 4
+CAPITALS = "A WOMAN AND A MAN WHO WARM A MUG OF MAMMOTH MILK FOR MOM"
+ONE_WORD = "unbelievably" * 8
+
+
+def white(count: int, side: int = 64) -> torch.Tensor:
+    return torch.ones(count, 3, side, side)
+
+
+def ink(grid) -> np.ndarray:
+    """Which pixels are dark, where all pictures are white."""
+    return np.array(grid.convert("L")) < 200
+
+
+def test_to_pictures_clamps_and_rounds():
+    levels = [-5.0, -1.0, -1 + 0.4 / 127.5, -1 + 0.6 / 127.5, 0.1, 1 - 0.6 / 127.5, 1 - 0.4 / 127.5, 1.0, 3.0]
+    images = torch.tensor(levels).repeat(2, 3, 4, 1)
+    images[1, 2] = -1  # no blue in the second
+    pictures = to_pictures(images.requires_grad_())
+    assert [(p.size, p.mode) for p in pictures] == [((9, 4), "RGB")] * 2
+    assert np.array(pictures[0])[1, :, 0].tolist() == [0, 0, 0, 1, 140, 254, 255, 255, 255]
+    assert not np.array(pictures[1])[..., 2].any() and np.array(pictures[1])[..., 0].any()
+
+
+def test_to_pictures_gives_back_every_level():
+    picture = torch.arange(256).repeat(3, 1, 1).float() / 127.5 - 1
+    assert np.array(to_pictures(picture[None])[0])[0, :, 1].tolist() == list(range(256))
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (6, 3, 2), (7, 3, 3), (2, 4, 1)])
+def test_grid_size(count, columns, rows):
+    single = captioned_grid(white(1), [CAPTION], 1)
+    grid = captioned_grid(white(count), [CAPTION] * count, columns)
+    assert grid.size == (columns * single.width, rows * single.height)
+    assert single.width >= MIN_CELL and single.height > MIN_CELL
+
+
+@pytest.mark.parametrize(("side", "factor"), [(8, 16), (64, 2), (100, 2), (128, 1), (256, 1)])
+def test_pictures_are_enlarged_by_whole_factors(side, factor):
+    images = torch.rand(1, 3, side, side) * 2 - 1
+    grid = np.array(captioned_grid(images, [SHORT], 1))
+    expected = np.array(to_pictures(images)[0]).repeat(factor, 0).repeat(factor, 1)
+    border = (grid.shape[1] - side * factor) // 2
+    assert np.array_equal(grid[border : border + side * factor, border : border + side * factor], expected)
+
+
+def test_pictures_and_captions_stand_in_their_cells():
+    images = white(4)
+    images[2] = -1
+    grid = np.array(captioned_grid(images, ["", "", "", SHORT], 2).convert("L")) < 200
+    height, width = 128 + 10, grid.shape[1] // 2  # the first row has no captions
+    assert not grid[:height].any() and grid.shape[0] > 2 * height
+    left, right = grid[height:, :width], grid[height:, width:]
+    assert left.sum() == 128 * 128  # the black picture and nothing else
+    assert 30 < right.sum() < 2000 and not right[: 128 + 4].any()  # its caption, below the picture
+
+
+def test_titles_stand_left_of_their_rows():
+    plain, titled = (captioned_grid(white(4), [SHORT] * 4, 2, titles) for titles in ((), ("real", "averaged, noise 1")))
+    assert titled.size == (plain.width + TITLE_WIDTH, plain.height)
+    assert np.array_equal(ink(titled)[:, TITLE_WIDTH:], ink(plain))
+    first, second = np.split(ink(titled)[:, :TITLE_WIDTH], 2)
+    assert 10 < first.sum() < second.sum()
+    assert not first[:, :2].any() and not second[:, -2:].any()
+
+
+@pytest.mark.parametrize("side", [64, 128, 256])
+@pytest.mark.parametrize("caption", [SHORT, CAPTION, LONG, CAPTION.upper(), CAPITALS, ONE_WORD, "m" * 50, "W" * 50])
+def test_captions_are_never_cut(caption, side):
+    grid = ink(captioned_grid(white(1, side), [caption], 1))
+    assert grid.any()
+    assert not grid[:, -2:].any(), "runs over the right border of its cell"
+    assert not grid[:, :1].any() and not grid[-2:].any()
+
+
+def test_longer_captions_take_more_lines_and_lose_no_ink():
+    heights, amounts = [], []
+    for repeat in (1, 2, 4):
+        grid = captioned_grid(white(1), [" ".join([CAPTION] * repeat)], 1)
+        heights.append(grid.height)
+        amounts.append(ink(grid).sum())
+    assert heights[0] < heights[1] < heights[2]
+    for repeat, amount in zip((2, 4), amounts[1:], strict=True):
+        assert amount == pytest.approx(repeat * amounts[0], rel=0.1)
+
+
+def test_a_row_is_as_tall_as_its_longest_caption_needs():
+    tall, short = captioned_grid(white(1), [LONG], 1), captioned_grid(white(1), [SHORT], 1)
+    mixed = captioned_grid(white(4), [SHORT, LONG, SHORT, SHORT], 2)
+    assert mixed.height == tall.height + short.height
+    assert np.array_equal(ink(mixed)[: tall.height, tall.width :], ink(tall))
+    assert np.array_equal(ink(mixed)[tall.height :, : tall.width], ink(short))
+
+
+def test_saved_pictures_are_the_tensors(tmp_path):
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    paths = save_pictures(images, tmp_path / "new" / "folder", "bird")
+    assert [path.name for path in paths] == ["bird_0.png", "bird_1.png"]
+    for path, picture in zip(paths, to_pictures(images), strict=True):
+        assert np.array_equal(np.asarray(Image.open(path)), np.asarray(picture))
+
+
+@pytest.mark.parametrize("side", [64, 256])
+def test_filmstrip_is_one_row_of_each_grid(side):
+    """Grids of three rows by two columns whose second row is grey, darker from grid to grid."""
+    grids, levels = {}, (0.8, 0.2, -0.6)
+    for number, level in enumerate(levels):
+        images = white(6, side)
+        images[2:4] = level
+        grids[f"epoch {number}"] = captioned_grid(images, [""] * 4 + [CAPTION, SHORT], 2, ["real", "averaged", "raw"])
+    strip = np.array(filmstrip(grids, side, rows=3, row=1).convert("L"))
+    shown = max(side, 128)
+    for number, level in enumerate(levels):
+        for column in range(2):
+            top, left = number * (shown + 10) + 4, TITLE_WIDTH + column * (shown + 8) + 4
+            frame = strip[top : top + shown, left : left + shown]
+            assert (frame == round((level + 1) * 127.5)).all(), (number, column)
+        assert (strip[number * (shown + 10) :][: shown + 6, :TITLE_WIDTH] < 200).any()  # its title
+    captions = np.array(grids["epoch 0"].convert("L"))[3 * (shown + 10) - 4 :, TITLE_WIDTH:]
+    assert (captions < 200).any() and np.array_equal(strip[-len(captions) :, TITLE_WIDTH:], captions)
+
+
+def test_curves_show_every_loss_and_each_score_itself(tmp_path):
+    steps = range(10, 1010, 10)
+    losses = ("loss_d/real", "loss_d/fake", "loss_d/mismatched", "loss_d/ma_gp", "loss_g/adversarial")
+    scalars = {tag: [(step, number + 1 / step) for step in steps] for number, tag in enumerate(losses)}
+    for tag in ("scores/fd_clip", "scores/fd_clip/half", "scores/images", "scores/seconds", "scores/clip_score"):
+        scalars[tag] = [(0, 3.0), (1000, 1.0)]
+    figure = curves(scalars)
+    shown = {axes.get_title(): axes for axes in figure.axes}
+    assert list(shown) == ["discriminator", "generator", "fd clip", "clip score"]
+    assert [text.get_text() for text in shown["discriminator"].get_legend().get_texts()] == [
+        "real", "fake", "mismatched", "ma gp"
+    ]  # fmt: skip
+    assert shown["fd clip"].lines[0].get_ydata().tolist() == [3.0, 1.0]
+    figure.savefig(tmp_path / "curves.png")
+    assert np.asarray(Image.open(tmp_path / "curves.png").convert("L")).std() > 5
+    assert curves({}).axes == []
