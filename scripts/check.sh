@@ -8,4 +8,6 @@ case "${1:-}" in -h | --help) sed -n '2,/^set/{/^#/p}' "$0" | cut -c3-; exit 0 ;
 REQUIREMENTS=requirements-dev.txt source scripts/env.sh
 python -m ruff check .
 python -m ruff format --check .
-exec python -m pytest "$@"
+# A process of one thread on each core: threads that wait for each other would take longer.
+export OMP_NUM_THREADS=1
+exec python -m pytest -n auto --dist loadfile "$@"
