@@ -10,6 +10,7 @@ from helpers import TINY_RUN, assert_refused, run
 from PIL import Image
 
 from ratlip import checkpoint, config
+from ratlip.data.loader import Batch
 from ratlip.trainer import prepare, train_step
 
 
@@ -181,19 +182,23 @@ def test_divergence_ends_the_run_and_names_the_last_good_checkpoint(demo_folder,
             assert all(torch.isfinite(value).all() for value in state[network].values())
 
 
+ON_GPU = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+)
+
+
 # BatchNorm divides what bfloat16 has rounded by a standard deviation that is small against the mean at first.
 @pytest.mark.parametrize(
     ("precision", "name", "least"), [("bf16", "galip", 0.99), ("bf16", "ratlip", 0.95), ("fp16", "ratlip", 0.99)]
 )
-def test_low_precision_gradients_point_the_same_way(make, precision, name, least):
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+def test_low_precision_gradients_point_the_same_way(make, precision, name, least, device):
     gradients, terms = {}, {}
     for each in ("fp32", precision):
         # Adam's first step follows the sign of every gradient, however small: the generator is to face the same D.
-        rates = ("train.lr_d=0", "train.lr_g=0")
-        training, _, loader = make(
-            f"train.precision={each}", f"model.name={name}", "model.d_start=1.0", "train.batch_size=12", *rates
-        )
-        batch = next(iter(loader))
+        still = ("train.lr_d=0", "train.lr_g=0", "train.batch_size=12", f"train.device={device}")
+        training, _, loader = make(f"train.precision={each}", f"model.name={name}", "model.d_start=1.0", *still)
+        batch = Batch(*(tensor.to(device) for tensor in next(iter(loader))))
         values = train_step(training, batch)
         while training.bad_in_a_row:  # fp16 begins with a scale that is too large, and halves it
             assert precision == "fp16" and training.bad_in_a_row < 20
