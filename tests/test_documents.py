@@ -63,7 +63,7 @@ def test_every_command_of_the_readme_is_run():
 
 def test_the_readmes_commands_run_in_order(tmp_path, demo_folder, clip_file):
     """As they stand, with words after them that make them small, in a folder that holds what a clone does."""
-    for name in ("code", "scripts", "assets"):
+    for name in ("code", "scripts", "assets", "requirements.txt"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "cfg", tmp_path / "cfg")
     (five_lines,) = blocks(README, "yaml")[:1]

@@ -212,6 +212,18 @@ class Evaluator:
         return int(start + turn % (end - start))
 
 
+def _caption_of(picture: Path) -> str:
+    """The first caption in the text file beside a picture."""
+    path = picture.with_suffix(".txt")
+    try:
+        found = read_captions(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a caption for every picture, or for none") from None
+    if not found:
+        raise UserError(f"{path}: holds no caption")
+    return found[0]
+
+
 def score_folder(scorer: Scorer, folder: Path) -> tuple[dict[str, float], dict[str, str]]:
     """Scores, and protocols, of the pictures in a folder, as they are.
 
@@ -222,7 +234,7 @@ def score_folder(scorer: Scorer, folder: Path) -> tuple[dict[str, float], dict[s
     _need_two(len(paths), str(folder))
     texts, sentences = None, None
     if any(path.with_suffix(".txt").is_file() for path in paths):
-        texts = [read_captions(path.with_suffix(".txt"))[0] for path in paths]
+        texts = [_caption_of(path) for path in paths]
         sentences = captions.embed(captions.CaptionTable([[text] for text in texts]), scorer.clip).to(scorer.device)
 
     def batches() -> Iterator[Scored]:
