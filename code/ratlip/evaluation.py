@@ -217,8 +217,8 @@ def _caption_of(picture: Path) -> str:
     path = picture.with_suffix(".txt")
     try:
         found = read_captions(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a caption for every picture, or for none") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such caption file; give one for every picture, or for none") from None
     if not found:
         raise UserError(f"{path}: holds no caption")
     return found[0]
