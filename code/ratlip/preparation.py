@@ -35,7 +35,8 @@ def check(config: EasyDict) -> dict[str, list[Item]]:
     print(table(list(stocks.values())))
     for stock in stocks.values():
         if too_many_lost(stock):
-            raise UserError(f"{config.data.dir}: {loss(stock)}, more than {MAX_LOST:.0%}: training would not begin")
+            share = f"{loss(stock)}, more than {MAX_LOST:.0%}"
+            raise UserError(f"{config.data.dir}: {share}: training would not begin; mend or remove them")
     return {split: stock.items for split, stock in stocks.items()}
 
 
