@@ -83,5 +83,10 @@ ratlip_setup() {
     hash -r
 }
 
+# How many processes to start: GPUS where it is set, else one for each GPU.
+ratlip_processes() {
+    echo "${GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}"
+}
+
 ratlip_setup || { ratlip_status=$?; [ "${BASH_SOURCE[0]:-}" = "$0" ] && exit $ratlip_status; return $ratlip_status; }
 export PYTHONPATH=$ratlip_root/code${PYTHONPATH:+:$PYTHONPATH}

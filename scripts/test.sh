@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 case " $* " in *" -h "* | *" --help "*) exec python3 code/test.py -h ;; esac # help needs no environment
 source scripts/env.sh
 
-gpus=${GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}
+gpus=$(ratlip_processes)
 if [ "$gpus" -gt 1 ]; then
     exec python -m torch.distributed.run --standalone --nproc_per_node="$gpus" code/test.py "$@"
 fi

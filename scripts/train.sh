@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 case " $* " in *" -h "* | *" --help "*) exec python3 code/train.py -h ;; esac # help needs no environment
 source scripts/env.sh
 
-gpus=${GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}
+gpus=$(ratlip_processes)
 if [ "$gpus" -le 1 ]; then
     exec python code/train.py "$@"
 fi

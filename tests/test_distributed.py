@@ -233,6 +233,21 @@ def test_two_processes_stop_together_and_resume(words, tmp_path):
     assert state(tmp_path, f"state_epoch_{epochs:03}.pth")["step"] == 3 * epochs
 
 
+def test_two_processes_go_on_to_what_an_undisturbed_run_gives(words, tmp_path):
+    """Two epochs in two processes, and the same stopped after a step and resumed: every bit."""
+    whole, parts = (words(tmp_path / name, "train.max_epoch=2") for name in ("whole", "parts"))
+    finished(script("train", whole, 2))
+    finished(script("train", [*parts, "train.max_hours=1e-9"], 2))
+    assert state(tmp_path / "parts", "state_epoch_*_step_*.pth")["step"] == 1
+    finished(script("resume", parts, 2))
+    one, two = (state(tmp_path / name, "state_epoch_002.pth") for name in ("whole", "parts"))
+    assert one["step"] == two["step"] == 6
+    for network in ("generator", "discriminator", "ema"):
+        for key, value in one[network].items():
+            assert torch.equal(two[network][key], value), (network, key)
+    assert one["scores"]["end"]["clip_score"] == two["scores"]["end"]["clip_score"]
+
+
 def test_a_killed_process_takes_the_run_down_and_the_run_resumes(words, tmp_path):
     long = words(tmp_path, "train.max_epoch=4000", "log.test_interval=4000", "train.keep=2")
     process = script("train", long, 2)

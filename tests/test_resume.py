@@ -213,6 +213,47 @@ def test_resuming_picks_an_epoch_and_checks_the_configuration(words, whole, tmp_
     assert_refused(run("train.py", *words(tmp_path), f"train.resume={path}"), "other.pth is not a checkpoint of this")
 
 
+def test_a_path_begins_a_new_run_and_an_epoch_goes_on(words, whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    path = only(tmp_path, "saved") / "state_epoch_003.pth"
+    more = ("train.max_epoch=4", "train.max_hours=1e-9")
+    assert run("train.py", *words(tmp_path), f"train.resume={path}", *more).returncode == 0
+    runs = sorted(path.parents[1].iterdir())
+    assert len(runs) == 2
+    (state,) = runs[1].glob("state*.pth")
+    assert checkpoint.read(state)["step"] == 1
+    for kind in ("saved", "logs"):
+        shutil.rmtree(tmp_path / kind / "demo" / runs[1].name)
+    result = run("train.py", *words(tmp_path), "train.resume=3")
+    assert result.returncode == 0 and "(epoch 3, step 9)" in result.stdout, result.stderr
+    assert_undisturbed(tmp_path, whole)
+
+
+def test_a_process_that_torchrun_starts_again_goes_on(words, whole, tmp_path):
+    """Whatever the command line began the run with."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    path = only(tmp_path, "saved") / "state_epoch_001.pth"
+    (path.parent / f"state_epoch_{EPOCHS:03}.pth").unlink()
+    again = {"TORCHELASTIC_RESTART_COUNT": "1"}
+    result = run("train.py", *words(tmp_path), f"train.resume={path}", environment=again)
+    assert result.returncode == 0 and "(epoch 3, step 9)" in result.stdout, result.stderr
+    assert_same(last_state(tmp_path), last_state(whole))
+
+
+def test_precision_and_momentum_may_change(words, whole, tmp_path):
+    """The fp16 scaler begins anew where there was none; Adam's betas are those of the configuration."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (only(tmp_path, "saved") / f"state_epoch_{EPOCHS:03}.pth").unlink()
+    changes = ("train.precision=fp16", "train.beta1=0.25", "train.beta2=0.95")
+    result = run("train.py", *words(tmp_path), "train.resume=auto", *changes)
+    assert result.returncode == 0, result.stderr
+    assert "train.precision: fp32 -> fp16" in result.stdout and "train.beta1: 0.5 -> 0.25" in result.stdout
+    state = last_state(tmp_path)
+    assert state["step"] == 12 and state["scaler"]
+    for optimizer in ("optimizer_g", "optimizer_d"):
+        assert state[optimizer]["param_groups"][0]["betas"] == (0.25, 0.95)
+
+
 def test_only_the_newest_checkpoints_are_kept(words, tmp_path):
     assert run("train.py", *words(tmp_path), "train.keep=2").returncode == 0
     names = {path.name for path in only(tmp_path, "saved").iterdir()}

@@ -45,11 +45,22 @@ def test_long_work_is_left_at_once(stop):
     assert stop.asked()
 
 
+def test_long_work_is_not_begun_after_a_signal(stop):
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped, match="SIGTERM"), stop.at_once():
+        raise AssertionError("begun")
+
+
 def test_the_time_limit():
     stop = Stop(max_hours=0.02 / 3600)
     try:
         assert not stop.asked()
         time.sleep(0.05)
         assert stop.asked() and stop.cause == "train.max_hours"
+    finally:
+        stop.close()
+    stop = Stop(max_hours=1, since=time.time() - 3601)
+    try:
+        assert stop.asked()
     finally:
         stop.close()

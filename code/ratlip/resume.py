@@ -20,13 +20,13 @@ def find(config: EasyDict) -> tuple[str | None, dict | None]:
 
     null begins a run: (None, None). "auto" goes on with the newest run of this configuration: its newest checkpoint
     that can be read, or (run, None) if it was stopped before its first. A number is the epoch of a checkpoint, in the
-    newest run that has it. A path is a checkpoint whose networks and
-    optimisers a new run begins with: (None, content).
+    newest run that has it. A path is a checkpoint whose networks and optimisers a new run begins with: (None, content).
+    After torchrun's restart it is "auto" whatever was asked, as the run has begun.
 
     Raises:
         UserError: no such checkpoint, or none of the run's can be read.
     """
-    wanted = config.train.resume or ("auto" if restarted() else None)
+    wanted = "auto" if restarted() else config.train.resume
     if wanted is None:
         return None, None
     base = Path(config.log.save_dir) / config.name
@@ -42,7 +42,8 @@ def find(config: EasyDict) -> tuple[str | None, dict | None]:
     if content.get("format") != checkpoint.FORMAT:
         raise UserError(f"train.resume: {chosen} is not a checkpoint of this program; convert released ones first")
     distributed.say(f"going on from {chosen} (epoch {content['epoch']}, step {content['step']})")
-    return (chosen.parent.name if chosen.parent.parent == base else None), content
+    same_run = wanted == "auto" or wanted.isdigit()
+    return (chosen.parent.name if same_run else None), content
 
 
 def check(config: EasyDict, content: dict, clip_shape: dict, epoch_steps: int | None) -> None:

@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # USR1: what SLURM is
 
 
 class Stopped(Exception):
-    """A signal came where the loop could not ask."""
+    """Leave the loop and save: it was asked to, or a signal came in the midst of long work that it could drop."""
 
 
 class Stop:
@@ -21,11 +21,11 @@ class Stop:
     A first signal only leaves a note, so that the step under way is finished; a second Ctrl-C leaves at once.
 
     Args:
-        max_hours: time limit from now on; 0: none.
+        max_hours: time limit; 0: none. since: when its time began (`time.time()`); None: now.
     """
 
-    def __init__(self, max_hours: float = 0.0):
-        self.until = time.time() + 3600 * max_hours if max_hours else float("inf")
+    def __init__(self, max_hours: float = 0.0, since: float | None = None):
+        self.until = (since or time.time()) + 3600 * max_hours if max_hours else float("inf")
         self.cause: str | None = None
         self._at_once = False
         self._former = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -44,6 +44,8 @@ class Stop:
         """
         self._at_once = distributed.world_size() == 1
         try:
+            if self._at_once and self.cause:
+                raise Stopped(self.cause)
             yield
         finally:
             self._at_once = False

@@ -224,7 +224,7 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
 
 def train(config: EasyDict) -> None:
     """Train as `config` says, from the start or going on, and leave checkpoints, logs and grids behind."""
-    started, stop = time.time(), Stop(config.train.max_hours)
+    started = time.time()
     t, batches, loader, evaluator = prepare(config)
     run, content = resume.find(config)
     scores: dict[str, dict[str, float]] = {}  # columns of the closing table: start, end, best
@@ -239,8 +239,9 @@ def train(config: EasyDict) -> None:
         (save_folder / "config.yml").write_text(configuration.dump(config))
     distributed.say(
         f"{config.model.name} on {t.sentences.device} in {t.precision}: {len(loader.dataset)} training images, "
-        f"{len(batches)} steps an epoch, {config.train.max_epoch} epochs; logs in {monitor.folder}"
+        f"{len(batches)} steps an epoch, epochs: {config.train.max_epoch}; logs in {monitor.folder}"
     )
+    stop = Stop(config.train.max_hours, started)  # until here a signal ends the program: there is nothing to save
     try:
         if not scores:
             with stop.at_once():
@@ -365,10 +366,13 @@ def restore(t: Training, content: dict, same_run: bool) -> dict[str, dict[str, f
     t.discriminator.load_state_dict(content["discriminator"])
     if t.ema is not None:
         t.ema.load_state_dict(content["ema"] or content["generator"])
-    t.optimizer_g.load_state_dict(content["optimizer_g"])
-    t.optimizer_d.load_state_dict(content["optimizer_d"])
+    for optimizer, name in ((t.optimizer_g, "optimizer_g"), (t.optimizer_d, "optimizer_d")):
+        optimizer.load_state_dict(content[name])
+        for group in optimizer.param_groups:
+            group["betas"] = (t.settings.beta1, t.settings.beta2)  # as the configuration says now
     if not same_run:
         return {}
-    t.scaler.load_state_dict(content["scaler"])
+    if content["scaler"]:  # empty where the run was not in fp16 until now
+        t.scaler.load_state_dict(content["scaler"])
     t.epoch, t.step, t.bad_steps = content["epoch"], content["step"], content["bad_steps"]
     return content["scores"]
