@@ -1,6 +1,7 @@
 """The caption table: mismatched captions that never fit the image, and the cache of sentence embeddings."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -138,6 +139,16 @@ def test_an_interruption_costs_one_batch(small_clip, tmp_path, monkeypatch):
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:1000])  # damaged: made again
     assert torch.equal(embed(table, small_clip, tmp_path), plain) and len(seen) == 7
+
+
+def test_two_runs_that_begin_together(small_clip, tmp_path):
+    """One encodes, the other waits and reads; neither takes the other's file away."""
+    table = CaptionTable([[f"{i} birds"] for i in range(3 * EMBED_BATCH)])
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: embed(table, small_clip, tmp_path), range(4)))
+    assert all(torch.equal(one, found[0]) for one in found)
+    assert torch.equal(found[0], embed(table, small_clip))
+    assert [path.suffix for path in tmp_path.iterdir()] == [".pt"]
 
 
 def test_other_captions_and_other_clips_never_share_a_file(small_clip, tmp_path):

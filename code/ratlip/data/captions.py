@@ -1,5 +1,6 @@
 """The captions of a split as one table: which belong to which image, and their sentence embeddings."""
 
+import fcntl
 import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -63,20 +64,25 @@ def embed(table: CaptionTable, clip: FrozenClip, cache: Path | None = None) -> T
         cache: folder that keeps them. A file is named by a hash of the CLIP weights and the captions, so that
             one made by another CLIP or from other captions is never used. An interruption costs one batch.
     """
-    path = cache / f"captions_{_fingerprint(table.texts, clip)}.pt" if cache else None
-    if path and (kept := _read(path, len(table.texts))) is not None:
-        return kept
     distinct = sorted(set(table.texts))
-    rows = path.with_suffix(".rows") if path else None  # those encoded so far
+    place = {text: i for i, text in enumerate(distinct)}
+    order = [place[text] for text in table.texts]
+    if cache is None:
+        return _encode(distinct, clip, None)[order]
+    path = cache / f"captions_{_fingerprint(table.texts, clip)}.pt"
+    rows = path.with_suffix(".rows")  # those encoded so far
+    if (sentences := _read(path, len(order))) is not None:
+        return sentences
     try:
-        embedded = _encode(distinct, clip, rows)
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(rows, "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be at it, and is then waited for
+            if (sentences := _read(path, len(order))) is None:
+                sentences = _encode(distinct, clip, rows)[order]
+                checkpoint.save({"sentences": sentences}, path)
+            rows.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(READ_ONLY.format(rows, error.strerror)) from None
-    place = {text: i for i, text in enumerate(distinct)}
-    sentences = embedded[[place[text] for text in table.texts]]
-    if path and rows:
-        checkpoint.save({"sentences": sentences}, path)
-        rows.unlink()
     return sentences
 
 
@@ -98,8 +104,6 @@ def _encode(texts: Sequence[str], clip: FrozenClip, rows: Path | None) -> Tensor
         found = np.fromfile(rows, np.float32)
         done = len(found) // clip.embedding_dim // EMBED_BATCH * EMBED_BATCH
         embedded[:done] = torch.from_numpy(found[: done * clip.embedding_dim]).view(done, clip.embedding_dim)
-    if rows:
-        rows.parent.mkdir(parents=True, exist_ok=True)
     quiet = distributed.rank() > 0 or None  # None: no bar where there is no terminal
     bar = tqdm(total=len(texts), initial=done, desc="caption embeddings", unit="caption", leave=False, disable=quiet)
     with bar, open(rows, "ab") if rows else nullcontext() as file:
