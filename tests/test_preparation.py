@@ -191,9 +191,11 @@ def test_every_problem_is_listed_and_few_are_left_out(tmp_path, words, call):
         damage(root / "images" / f"{key}.png")
     write(root / "text/train/10.txt", "\ufeff\r\n \n")
     write(root / "train.txt", "\n".join([*keys, "train/20", "test/1"]))
+    lonely = write(root / "text/train/lonely.txt", "a caption\n")
     result = call("prepare.py", *words(root))
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
+    assert f"captions without image  {lonely}: there is no image images/train/lonely.*" in lines
     for (_, kind), key in zip(BROKEN.values(), keys, strict=False):
         (line,) = (line for line in lines if f"images/{key}." in line)
         assert line.startswith(kind), line
@@ -201,7 +203,7 @@ def test_every_problem_is_listed_and_few_are_left_out(tmp_path, words, call):
     assert sum(line.startswith("key twice") and "train/20" in line for line in lines) == 1
     assert sum(line.startswith("key in both splits") and "test/1" in line for line in lines) == 1
     assert row(result.stdout, "images") == ["694", "4"]
-    assert row(result.stdout, "problems") == ["8", "1"]
+    assert row(result.stdout, "problems") == ["9", "1"]
     assert row(result.stdout, "  undecodable image") == ["5", "0"]
 
 

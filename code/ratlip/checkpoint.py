@@ -49,7 +49,9 @@ def read(path: str | Path) -> dict:
         if asked is None:
             raise UserError(f"{path} is no checkpoint, or holds more than tensors and plain values; refused") from None
         raise UserError(f"{path} holds more than tensors and plain values; refused unread. {asked}".strip()) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (EOFError, ValueError, KeyError):  # torch's reader of old files met bytes of something else
+        raise UserError(f"{path} is no checkpoint, or is cut short") from None
+    except (RuntimeError, OSError) as error:
         raise UserError(f"{path} is no checkpoint, or is cut short ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")

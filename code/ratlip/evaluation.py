@@ -279,8 +279,12 @@ def _need_two(count: int, what: str) -> None:
 
 
 def scores_table(columns: dict[str, dict[str, float]]) -> str:
-    """Scores side by side: {"start": {...}, "end": {...}} -> lines of text, a score each."""
-    names = list(dict.fromkeys(name for scores in columns.values() for name in scores))
+    """Scores side by side: {"start": {...}, "end": {...}} -> lines of text, a score each.
+
+    What each stage took is shown for a single evaluation only.
+    """
+    names = dict.fromkeys(name for scores in columns.values() for name in scores)
+    names = [name for name in names if len(columns) == 1 or not name.startswith("seconds/")]
     width = max(map(len, names))
     lines = [" " * width + "".join(f"{title:>12}" for title in columns)]
     for name in names:

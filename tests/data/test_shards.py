@@ -104,7 +104,7 @@ def test_every_sample_is_seen_once_an_epoch_on_one_and_two_processes(words, tmp_
             cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
-        assert "32 training images, 2 steps an epoch, 2 epochs" in result.stdout
+        assert "32 training images, 2 steps an epoch, epochs: 2" in result.stdout
         ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
         for rank in ranks:
             assert [len(step) for step in rank] == [16 // processes] * 4

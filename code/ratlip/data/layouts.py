@@ -111,6 +111,12 @@ def read_items(layout_name: str, root: Path, split: str) -> tuple[list[Item], li
         else:
             items.append(Item(key, path, captions, boxes.get(key)))
         seen.add(key)
+    if images is not None and split == "train":
+        problems += [
+            Problem("captions without image", f"{path}: there is no image images/{key}.*", lost=False)
+            for path in sorted((root / "text").rglob("*.txt"))
+            if (key := path.relative_to(root / "text").with_suffix("").as_posix()) not in seen.union(images)
+        ]
     return items, problems
 
 

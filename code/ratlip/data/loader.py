@@ -1,5 +1,6 @@
 """Batches of captioned images, the same whatever the number of workers and processes."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +20,9 @@ from ratlip.errors import UserError
 from ratlip.stopping import ignore_signals
 
 OPEN_SHARDS = 16  # that an epoch draws from at any time
+
+# More workers than cores do no harm: they wait for the disk, and the default is meant for larger machines.
+warnings.filterwarnings("ignore", "This DataLoader will create")
 
 
 class Draw(NamedTuple):

@@ -2,6 +2,7 @@
 
 import hashlib
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ class MissingWeights(Exception):
     """Weights that are not on this machine and cannot be downloaded. The message says how to get them."""
 
 
-class Space:
+class Space(ABC):
     """Pictures (B, 3, H, W) in [-1, 1] -> features (B, dim) float32, on the same device.
 
     Args:
@@ -40,16 +41,16 @@ class Space:
     checksum: str  # of the weights: sha256's first 8 digits
     keeps_features = False  # whether references need each picture's features, not only their moments
 
-    def __init__(self, config: EasyDict, clip: FrozenClip):
-        raise NotImplementedError
+    @abstractmethod
+    def __init__(self, config: EasyDict, clip: FrozenClip): ...
 
     def __call__(self, images: Tensor) -> Tensor:
         with torch.no_grad(), full_float32():
             return self.features(padded(images))[: len(images)]
 
+    @abstractmethod
     def features(self, images: Tensor) -> Tensor:
         """What __call__ answers, of LEAST pictures or more."""
-        raise NotImplementedError
 
 
 class ClipSpace(Space):

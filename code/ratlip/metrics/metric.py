@@ -1,5 +1,6 @@
 """What a metric is, and the batch that it sees."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ class Scored:
     features: dict[str, Tensor] = field(default_factory=dict)  # (B, D) float32 by space (metrics/features.py)
 
 
-class Metric:
+class Metric(ABC):
     """Made for one evaluation; takes `update` for each batch, adds up in `totals`, answers `compute`.
 
     Args:
@@ -34,16 +35,16 @@ class Metric:
     needs_captions = False
     totals: list[Tensor]  # their sums over processes are what one process would have
 
-    def __init__(self, reference: Reference | None, count: int):
-        raise NotImplementedError
+    @abstractmethod
+    def __init__(self, reference: Reference | None, count: int): ...
 
+    @abstractmethod
     def update(self, scored: Scored) -> None:
         """Add a batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compute(self) -> dict[str, float]:
         """Scores by name; "<name>/..." are their parts and uncertainties."""
-        raise NotImplementedError
 
     @classmethod
     def caveat(cls, reference: Reference | None, count: int) -> str:
