@@ -49,6 +49,20 @@ def test_any_vit_equals_openai(resolution, patch, width, layers):
 
 
 @torch.no_grad()
+def test_bfloat16_is_float32_rounded(small_clip):
+    """Embeddings, feature maps and the gradient of the pictures; bfloat16 has 8 bits."""
+    torch.manual_seed(0)
+    images, found = torch.rand(3, 3, 64, 64) * 2 - 1, {}
+    for enabled in (False, True):
+        seen = images.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            maps, embedding = small_clip.image(seen)
+        (maps.float().square().mean() + embedding.float().square().mean()).backward()
+        found[enabled] = maps, embedding, seen.grad
+    for one, other in zip(found[True], found[False], strict=True):
+        assert relative_error(one.float(), other) < 0.03
+
+
 def test_mapper_puts_a_prompt_before_its_block_and_drops_it_after():
     model = small_clip_model()
     ours = FrozenClip(model, prompt_blocks=[1, 2])
