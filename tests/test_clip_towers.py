@@ -48,7 +48,6 @@ def test_any_vit_equals_openai(resolution, patch, width, layers):
     assert relative_error(ours.text(tokens)[0], model.encode_text(tokens)) < 1e-5
 
 
-@torch.no_grad()
 def test_bfloat16_is_float32_rounded(small_clip):
     """Embeddings, feature maps and the gradient of the pictures; bfloat16 has 8 bits."""
     torch.manual_seed(0)
@@ -63,6 +62,7 @@ def test_bfloat16_is_float32_rounded(small_clip):
         assert relative_error(one.float(), other) < 0.03
 
 
+@torch.no_grad()
 def test_mapper_puts_a_prompt_before_its_block_and_drops_it_after():
     model = small_clip_model()
     ours = FrozenClip(model, prompt_blocks=[1, 2])
