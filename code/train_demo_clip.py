@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 
@@ -17,14 +17,18 @@ from clip.model import CLIP
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ratlip import device as devices
+from ratlip.clip_towers import transformer_block
 from ratlip.data.demo import SIDE, VALUES, Attributes, captions, render, splits
 
 ROOT = Path(__file__).resolve().parents[1]
 PATCH, WIDTH, EMBEDDING, CONTEXT = 8, 192, 128, 32
-FEATURE_BLOCKS = (0, 1, 2)  # the vision blocks whose patch tokens the discriminator reads
+# The vision blocks whose patch tokens the discriminator reads: one keeps the pixels, one knows what they show.
+PIXELS, MEANING = 0, 2
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
 STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
 BATCH, LEARNING_RATE, WARM_UP = 64, 1e-3, 50
+ATTACK = 0.05  # largest change of a value in [-1, 1]
 
 
 def build() -> CLIP:
@@ -43,18 +47,17 @@ def build() -> CLIP:
     return model
 
 
-def encode_image(model: CLIP, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Images (B, 3, 64, 64) in [-1, 1] -> embeddings (B, 128), tokens (B, 64, 192) of FEATURE_BLOCKS."""
+def encode_image(model: CLIP, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Images (B, 3, 64, 64) in [-1, 1] -> embeddings (B, 128), patch tokens (B, 64, 192) of PIXELS and of MEANING."""
     visual = model.visual
     x = visual.conv1(((images + 1) / 2 - MEAN) / STD).flatten(2).transpose(1, 2)
     x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1) + visual.positional_embedding
-    x = visual.ln_pre(x).transpose(0, 1)  # CLIP's blocks want (tokens, B, width)
-    features = []
-    for i, block in enumerate(visual.transformer.resblocks):
-        x = block(x)
-        if i in FEATURE_BLOCKS:
-            features.append(x[1:].transpose(0, 1))
-    return visual.ln_post(x[0]) @ visual.proj, features
+    x = visual.ln_pre(x)
+    tokens = []
+    for block in visual.transformer.resblocks:
+        x = transformer_block(block, x)
+        tokens.append(x[:, 1:])
+    return visual.ln_post(x[:, 0]) @ visual.proj, tokens[PIXELS], tokens[MEANING]
 
 
 def tokenize(attributes: list[Attributes], rng: np.random.Generator) -> Tensor:
@@ -105,66 +108,115 @@ def near_misses(batch: list[Attributes], allowed: set[Attributes], rng: np.rando
 
 
 def batches(combinations: list[Attributes], rng: np.random.Generator) -> Iterator[list[Attributes]]:
-    """Endless batches without a repetition inside a batch: equal pairs would be false negatives."""
+    """Endless batches of about BATCH distinct combinations, each with nearly all shapes of some objects.
+
+    Pictures that differ in shape alone show what a shape is; in random batches the large circles stay squares for long.
+    """
+    objects: dict[Attributes, list[Attributes]] = {}
+    for attributes in combinations:
+        objects.setdefault(attributes._replace(shape=0), []).append(attributes)
+    groups, together = list(objects.values()), BATCH // len(VALUES.shape)
     while True:
-        order = rng.permutation(len(combinations))
-        for start in range(0, len(order) - BATCH + 1, BATCH):
-            yield [combinations[i] for i in order[start : start + BATCH]]
+        order = rng.permutation(len(groups))
+        for start in range(0, len(order) - together + 1, together):
+            yield [attributes for i in order[start : start + together] for attributes in groups[i]]
 
 
-def contrastive(scale: Tensor, image: Tensor, text: Tensor, same: Tensor) -> Tensor:
-    """CLIP's loss of embeddings image (B, E) and text (B + M, E), of which the first B match in order.
+def contrastive(scale: Tensor, image: Tensor, text: Tensor, same: Tensor, shares: Tensor) -> Tensor:
+    """CLIP's loss of embeddings image (B, E) and text (2 B, E): the first B texts match in order.
 
-    The M more texts are negatives; same (B, B + M) marks equal combinations, which count as neither.
+    The others are near misses; image i is to match its own by `shares` (B,) in [0, 1], and its caption by the rest.
+    same (B, 2 B) marks equal combinations, which count as neither.
     """
     logits = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T
-    target = torch.arange(len(image))
+    own = torch.arange(len(image))
     same = same.clone()
-    same[target, target] = False
+    same[own, own] = False
     logits = logits.masked_fill(same, -math.inf)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : len(image)].T, target)) / 2
+    of_texts = F.cross_entropy(logits[:, : len(image)].T, own, reduction="none")
+    return (shared(logits, own, own + len(image), shares).mean() + ((1 - shares) * of_texts).mean()) / 2
 
 
-def attribute_losses(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Five cross-entropies (5,): logits (B, 31), those of the attributes side by side, wanted (B, 5)."""
-    parts = logits.split([len(values) for values in VALUES], dim=1)
-    return torch.stack([F.cross_entropy(part, wanted[:, i]) for i, part in enumerate(parts)])
+def shared(logits: Tensor, one: Tensor, other: Tensor, shares: Tensor) -> Tensor:
+    """Cross-entropies (B,) of logits (B, N) with the class `one`, by `shares` with the class `other`."""
+    first, second = (F.cross_entropy(logits, wanted, reduction="none") for wanted in (one, other))
+    return torch.lerp(first, second, shares)
 
 
-def train(steps: int, seed: int) -> tuple[CLIP, nn.ModuleList]:
-    """Train on pictures and captions drawn on the fly; return the model and its three pixel heads."""
+def attribute_losses(logits: Tensor, wanted: Tensor, other: Tensor, shares: Tensor) -> Tensor:
+    """Five cross-entropies (5,): logits (B, 31), those of the attributes side by side, wanted and other (B, 5)."""
+    parts = logits.float().split([len(values) for values in VALUES], dim=1)
+    return torch.stack([shared(part, wanted[:, i], other[:, i], shares).mean() for i, part in enumerate(parts)])
+
+
+def attack(images: Tensor, strength: float, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Move every value of images (B, 3, 64, 64) by up to `strength`, so that the loss grows (arXiv 2001.03994).
+
+    A generator that follows CLIP's gradient finds whatever CLIP mistakes for a star; so let there be little of that.
+    """
+    start = (images + strength * (2 * torch.rand_like(images) - 1)).requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_of(start), start)
+    moved = start.detach() + 1.25 * strength * gradient.sign()
+    return images + (moved - images).clamp(-strength, strength)
+
+
+def train(steps: int, seed: int) -> tuple[CLIP, nn.ModuleDict]:
+    """Train on pictures and captions drawn on the fly; return the model and the heads that read its features."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     combinations, _ = splits()
     allowed = set(combinations)
     model = build()
-    # These heads are thrown away. They make the embeddings separate every attribute linearly, and the
-    # discriminator's features keep every pixel.
-    attributes_of_image, attributes_of_text = (nn.Linear(EMBEDDING, sum(map(len, VALUES))) for _ in range(2))
-    pixels = nn.ModuleList(nn.Linear(WIDTH, 3 * PATCH**2) for _ in FEATURE_BLOCKS)
-    everything = nn.ModuleList([model, attributes_of_image, attributes_of_text, pixels])
+    # These heads are thrown away. They make the embeddings, and every patch token of block MEANING, separate every
+    # attribute linearly, and block PIXELS keep every pixel.
+    names = sum(map(len, VALUES))
+    of_image, of_text, of_patch = nn.Linear(EMBEDDING, names), nn.Linear(EMBEDDING, names), nn.Linear(WIDTH, names)
+    pixels = nn.Linear(WIDTH, 3 * PATCH**2)
+    heads = nn.ModuleDict({"of_image": of_image, "of_text": of_text, "of_patch": of_patch, "pixels": pixels})
+    everything = nn.ModuleList([model, heads])
     optimizer = torch.optim.AdamW(everything.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / WARM_UP, 0.01 + 0.99 * math.cos(math.pi / 2 * i / steps) ** 2)
     )
+    precision = devices.choose_precision("auto", torch.device("cpu"))
     bar = tqdm(zip(range(steps), batches(combinations, rng), strict=False), total=steps, mininterval=5)
-    for _, batch in bar:
+    for step, batch in bar:
         misses = near_misses(batch, allowed, rng)
-        images = pictures(batch, rng)
+        wanted, missed = torch.tensor(batch), torch.tensor(misses)
+        # A quarter of the pictures blends into the near miss: between two attributes the way shall go up all along.
+        jitter = int(rng.integers(2**32))
+        images, others = (pictures(drawn, np.random.default_rng(jitter)) for drawn in (batch, misses))
+        shares = torch.zeros(len(batch))
+        shares[::4].uniform_()
+        images = torch.lerp(images, others, shares[:, None, None, None])
         images[::2] = disturb(images[::2])
-        wanted, texts_of = torch.tensor(batch), torch.tensor(batch + misses)
-        same = (wanted[:, None] == texts_of).all(2)
 
-        image, features = encode_image(model, images)
-        text = model.encode_text(tokenize(batch + misses, rng))
-        matching = contrastive(model.logit_scale.exp(), image, text, same)
-        naming = attribute_losses(attributes_of_image(image), wanted)
-        naming_text = attribute_losses(attributes_of_text(text), texts_of)
-        rebuilt = [head(tokens) for head, tokens in zip(pixels, features, strict=True)]
-        errors = [(patch - patches(images)).square().mean((1, 2)) for patch in rebuilt]
-        # The logarithm keeps its pull however small the error gets; the constant stands for 46 dB.
-        rebuilding = sum((error + 1e-4).log().mean() for error in errors)
-        loss = matching + 0.5 * naming.sum() + 0.2 * naming_text.sum() + 0.2 * rebuilding
+        with devices.autocast(images.device, precision):
+            strength = ATTACK * min(1.0, max(0.0, (step / steps - 0.4) / 0.4))
+            if strength:
+                images[2::4] = attack(
+                    images[2::4],
+                    strength,
+                    lambda x, to=(wanted[2::4], missed[2::4], shares[2::4]): attribute_losses(
+                        of_image(encode_image(model, x)[0]), *to
+                    ).sum(),
+                )
+            image, pixel_tokens, meaning_tokens = encode_image(model, images)
+            text = model.encode_text(tokenize(batch + misses, rng))
+            texts_of = torch.cat([wanted, missed])
+            same = (wanted[:, None] == texts_of).all(2)
+            matching = contrastive(model.logit_scale.exp(), image.float(), text.float(), same, shares)
+            naming = attribute_losses(of_image(image), wanted, missed, shares)
+            naming_text = attribute_losses(of_text(text), texts_of, texts_of, torch.zeros(len(text)))
+            count = meaning_tokens.shape[1]
+            naming_patch = attribute_losses(
+                of_patch(meaning_tokens).flatten(0, 1),
+                *(labels.repeat_interleave(count, dim=0) for labels in (wanted, missed, shares)),
+            )
+            error = (pixels(pixel_tokens).float() - patches(images)).square().mean((1, 2))
+            # The logarithm keeps its pull however small the error gets; the constant stands for 46 dB.
+            rebuilding = (error + 1e-4).log().mean()
+            loss = matching + 0.5 * naming.sum() + 0.2 * naming_text.sum() + 0.5 * naming_patch.sum() + 0.2 * rebuilding
 
         optimizer.zero_grad()
         loss.backward()
@@ -172,44 +224,57 @@ def train(steps: int, seed: int) -> tuple[CLIP, nn.ModuleList]:
         optimizer.step()
         schedule.step()
         model.logit_scale.data.clamp_(max=math.log(100))
-        psnr = " ".join(f"{_psnr(error.detach().mean()):.1f}" for error in errors)
-        image_losses = " ".join(f"{float(value):.2f}" for value in naming.detach())
-        losses = f"match {matching:.2f}, image {image_losses}, text {naming_text.sum():.2f}, PSNR {psnr} dB"
-        bar.set_postfix_str(losses, refresh=False)
-    return model, pixels
+        image_losses, patch_losses = (
+            " ".join(f"{float(value):.2f}" for value in losses.detach()) for losses in (naming, naming_patch)
+        )
+        bar.set_postfix_str(
+            f"match {matching:.2f}, image {image_losses}, patch {patch_losses}, text {naming_text.sum():.2f}, "
+            f"PSNR {_psnr(error.detach().mean()):.1f} dB",
+            refresh=False,
+        )
+    return model, heads
 
 
 @torch.no_grad()
-def evaluate(path: Path, pixels: nn.ModuleList) -> dict[str, float]:
+def evaluate(path: Path, heads: nn.ModuleDict) -> dict[str, float]:
     """Measure the saved file, as `clip.load` opens it, on the 500 test combinations, randomly worded."""
     torch.manual_seed(1)
     rng = np.random.default_rng(1)
     model, _ = clip.load(str(path), device="cpu", jit=False)
-    combinations, test = splits()
-    images = pictures(test, rng)
-    image = F.normalize(encode_image(model, images)[0], dim=1)
+    model.requires_grad_(False)
+    _, test = splits()
+    images, wanted = pictures(test, rng), torch.tensor(test)
+
+    def image_of(pictures: Tensor) -> Tensor:
+        return F.normalize(encode_image(model, pictures)[0], dim=1)
 
     def text_of(attributes: list[Attributes]) -> Tensor:
         return F.normalize(model.encode_text(tokenize(attributes, rng)), dim=1)
 
+    own = text_of(test)
+    with torch.enable_grad():
+        attacked = attack(images, ATTACK, lambda x: -(image_of(x) * own).sum())
+    shown = {"clean": images, "disturbed": disturb(images), "attacked": attacked}
     figures = {}
-    for field, values in zip(Attributes._fields, VALUES, strict=True):
+    for i, (field, values) in enumerate(zip(Attributes._fields, VALUES, strict=True)):
         options = [attributes._replace(**{field: i}) for attributes in test for i in range(len(values))]
         texts = text_of(options).view(len(test), len(values), -1)
-        guess = (texts @ image[:, :, None])[..., 0].argmax(1)
-        right = guess == torch.tensor([getattr(attributes, field) for attributes in test])
-        figures[f"zero-shot accuracy, {field}"] = right.float().mean()
-    cosine = image @ text_of(test).T
+        for kind, seen in shown.items():
+            guess = (texts @ image_of(seen)[:, :, None])[..., 0].argmax(1)
+            figures[f"zero-shot accuracy, {field}, {kind} pictures"] = (guess == wanted[:, i]).float().mean()
+    cosine = image_of(images) @ own.T
     matched = torch.eye(len(test), dtype=torch.bool)
     found = cosine.argmax(1) == torch.arange(len(test))
     figures["retrieval of the caption among 500, top 1"] = found.float().mean()
     figures["mean cosine, matched pairs"] = cosine[matched].mean()
     figures["mean cosine, mismatched pairs"] = cosine[~matched].mean()
-    for kind, shown in (("clean", images), ("disturbed", disturb(images))):
-        _, features = encode_image(model, shown)
-        for block, head, tokens in zip(FEATURE_BLOCKS, pixels, features, strict=True):
-            error = F.mse_loss(head(tokens), patches(shown))
-            figures[f"PSNR in dB of the pixels read from block {block}, {kind} pictures"] = _psnr(error)
+    for kind, seen in shown.items():
+        _, pixel_tokens, meaning_tokens = encode_image(model, seen)
+        error = F.mse_loss(heads["pixels"](pixel_tokens), patches(seen))
+        figures[f"PSNR in dB of the pixels read from block {PIXELS}, {kind} pictures"] = _psnr(error)
+        logits = heads["of_patch"](meaning_tokens).split([len(values) for values in VALUES], dim=2)
+        right = (logits[0].argmax(2) == wanted[:, :1]).float().mean()
+        figures[f"shape named by a patch token of block {MEANING}, {kind} pictures"] = right
     return {name: float(value) for name, value in figures.items()}
 
 
@@ -228,11 +293,11 @@ def main() -> None:
     args = parser.parse_args()
 
     start = time.time()
-    model, pixels = train(args.steps, args.seed)
+    model, heads = train(args.steps, args.seed)
     seconds = time.time() - start
     args.out.parent.mkdir(parents=True, exist_ok=True)
     torch.save({key: value.half() for key, value in model.state_dict().items()}, args.out)
-    table = "\n".join(f"| {name} | {value:.4f} |" for name, value in evaluate(args.out, pixels).items())
+    table = "\n".join(f"| {name} | {value:.4f} |" for name, value in evaluate(args.out, heads).items())
     command = f"python code/train_demo_clip.py --steps {args.steps} --seed {args.seed}"
     machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
     text = f"""# {args.out.name}: the CLIP of the demo data set

@@ -96,7 +96,7 @@ class EpochBatches(Sampler[list[Draw]]):
         for number in range(len(self)):
             share = slice(number * self.batch_size, (number + 1) * self.batch_size)
             images, own = order[share], rows[share]
-            similar = self._similar(own, rng) if self.mismatch_pool > 1 else None
+            similar = self._similar(own, rng) if self.mismatch_pool > 1 else None  # for each batch: it draws
             if number < self.start:
                 continue
             mismatched = self.table.mismatched(images, own, similar)
