@@ -222,8 +222,8 @@ def mapper(clip: nn.Module, features: Tensor, prompts: Tensor) -> Tensor:
 
 def image_tower(clip: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Images (B, 3, H, W), read as the released program does -> maps (B, 3, 768, 7, 7), embedding (B, 512)."""
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    x = F.interpolate(images * 0.5 + 0.5, (224, 224), mode="nearest")
+    mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    x = F.interpolate(images * 0.5 + 0.5, (7 * clip.visual.conv1.kernel_size[0],) * 2, mode="nearest")
     tokens = transformer(clip, clip.visual.conv1(((x + 1) * 0.5 - mean) / std))
     maps = torch.stack([to_map(tokens[i]) for i in FEATURE_BLOCKS], dim=1)
     return maps, clip.visual.ln_post(tokens[-1][0]) @ clip.visual.proj
@@ -256,7 +256,7 @@ def losses_d(
     real = net_c(features, sentences)
     fake = net_c(net_d(fake_maps), sentences)
     gradients = torch.autograd.grad((real * scale).sum(), (maps, sentences), create_graph=True)
-    norm = torch.cat([(gradient / scale).flatten(1) for gradient in gradients], dim=1).float().norm(dim=1)
+    norm = torch.cat([gradient.to(sentences.dtype).flatten(1) / scale for gradient in gradients], dim=1).norm(dim=1)
     hinge = F.relu(1 - real).mean() + (F.relu(1 + fake).mean() + F.relu(1 + net_c(features, mismatched)).mean()) / 2
     return hinge + 2 * (norm**6).mean()
 
@@ -279,7 +279,7 @@ class Trainer:
         """Images (B, 3, 224, 224) in [-1, 1], their captions' token ids (B, 77), noise (B, 100)."""
         with self.autocast:
             with torch.no_grad():
-                sentences = self.clip.encode_text(tokens).float()
+                sentences = self.clip.encode_text(tokens).to(noise.dtype)
             sentences.requires_grad_()
             maps, _ = image_tower(self.clip, images.detach().requires_grad_())
             fake_maps, embeddings = image_tower(self.clip, self.net_g(noise, sentences.detach()))

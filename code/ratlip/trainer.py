@@ -28,6 +28,7 @@ from ratlip.models.discriminator import Discriminator
 from ratlip.models.generator import Generator
 from ratlip.monitor import Monitor
 from ratlip.pictures import captioned_grid
+from ratlip.profiling import Trace
 from ratlip.sampling import generate, seeded_noise
 from ratlip.stopping import Stop, Stopped
 
@@ -234,6 +235,7 @@ def train(config: EasyDict) -> None:
     run = run or distributed.same(time.strftime("%Y-%m-%d_%H-%M-%S"))
     save_folder = Path(config.log.save_dir) / config.name / run
     monitor = Monitor(Path(config.log.dir) / config.name / run, config, t.epoch if scores else -1, t.step, len(batches))
+    trace = Trace(config.train.profile, monitor.folder)
     if distributed.rank() == 0:
         save_folder.mkdir(parents=True, exist_ok=True)
         (save_folder / "config.yml").write_text(configuration.dump(config))
@@ -255,6 +257,7 @@ def train(config: EasyDict) -> None:
             for batch in loader:
                 values = train_step(t, Batch(*(tensor.to(t.sentences.device, non_blocking=True) for tensor in batch)))
                 monitor.step(values, t.step)
+                trace.step()
                 if t.bad_in_a_row >= config.train.max_bad_steps:
                     raise diverged(t, save_folder)
                 if distributed.any_process(stop.asked(), t.sentences.device):
@@ -288,6 +291,7 @@ def train(config: EasyDict) -> None:
         monitor.hparams(scores["end"])
         draw_course(t, monitor)
     finally:
+        trace.close()
         monitor.close()
         stop.close()
     distributed.say(f"checkpoints  {save_folder}\nlogs, grids  {monitor.folder}")
