@@ -1,8 +1,8 @@
 """Released GALIP and RATLIP written plainly, eager and in float32: what benchmarks/speed.py measures ours against.
 
 Every operation stands where the description of the released networks has it: NCHW, affine layers and activations after
-the upsampling, a small network for each gamma and beta, statistics by PyTorch's own layers. Parameters have the released
-names, so that a released netG, netD or netC loads, and `ratlip.released.load_networks` reads what these give.
+the upsampling, a small network for each gamma and beta, statistics by PyTorch's own layers. Parameters have the
+released names: a released netG, netD or netC loads, and `ratlip.released.load_networks` reads what these give.
 """
 
 import torch

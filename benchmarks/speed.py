@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -23,7 +23,7 @@ EXAMPLE = """example:
 
 Random weights of the released size: ViT-B/32, nf 64, 224 pixels. Each round runs both once, in turn; the first round
 is not counted. Peak memory is that of a process of its own for each (resident memory on a CPU, allocated on a GPU).
-data: images a second of one process, from JPEGs of 500 x 375 pixels (plain) and from prepare.sh's resized copies (ours).
+data: images a second of one process, from JPEGs of 500 x 375 (plain) and from prepare.sh's resized copies (ours).
 """
 
 
@@ -55,7 +55,8 @@ def main() -> None:
     where = torch.cuda.get_device_name() if words.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{words.what}, {words.model}, {where}, PyTorch {torch.__version__}; "
           f"plain in {words.plain_precision}, ours in {words.precision}; medians of {words.rounds} rounds")  # fmt: skip
-    print(f"{'batch':>5}  {'':5}  {'seconds':>8}  {'images/s':>8}  {'CPU s':>7}  {'peak GiB':>8}  {'of it weights':>13}")
+    columns = ("seconds", "images/s", "CPU s", "peak GiB", "at start")
+    print(f"{'batch':>5}  {'':5}" + "".join(f"  {column:>8}" for column in columns))
     for batch in words.batch:
         seconds, processor = alternate(variants(words, batch), words.rounds, words.device)
         count = 256 if words.what == "data" else batch
@@ -66,10 +67,11 @@ def main() -> None:
             median = statistics.median(seconds[name])
             peak = [f"{memory[name][key]:.2f}" if memory else "" for key in ("peak", "before")]
             print(f"{batch:>5}  {name:5}  {median:>8.3f}  {count / median:>8.2f}  "
-                  f"{statistics.median(processor[name]):>7.2f}  {peak[0]:>8}  {peak[1]:>13}")  # fmt: skip
+                  f"{statistics.median(processor[name]):>7.2f}  {peak[0]:>8}  {peak[1]:>8}")  # fmt: skip
         ratios = [ratio(seconds), ratio(processor)]
         saved = f", memory 1/{memory['plain']['peak'] / memory['ours']['peak']:.2f}" if memory else ""
-        print(f"{batch:>5}  ratio  {ratios[0]:.2f}x by the clock, {ratios[1]:.2f}x of processor time{saved}", flush=True)
+        text = f"{ratios[0]:.2f}x by the clock, {ratios[1]:.2f}x of processor time{saved}"
+        print(f"{batch:>5}  ratio  {text}", flush=True)
 
 
 def ratio(seconds: dict[str, list[float]]) -> float:
@@ -81,7 +83,7 @@ def ratio(seconds: dict[str, list[float]]) -> float:
 def alternate(
     work: dict[str, Callable[[], object]], rounds: int, device: str
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds by the clock, and of this process's processor time, of each round of each; a first round is not counted."""
+    """Seconds by the clock, and of processor time, of each round of each; a first round is not counted."""
     import torch
 
     clock, processor = {name: [] for name in work}, {name: [] for name in work}
@@ -106,16 +108,17 @@ def alone(words: argparse.Namespace) -> dict[str, float]:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     else:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        before = pages * resource.getpagesize()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak, VmHWM, is that from here on
+        before = resident("VmRSS")
     for _ in range(2):  # optimisers keep their state from the first step on
         call()
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {
-        "peak": (torch.cuda.max_memory_allocated() if words.device == "cuda" else peak) / 2**30,
-        "before": before / 2**30,
-    }
+    peak = torch.cuda.max_memory_allocated() if words.device == "cuda" else resident("VmHWM")
+    return {"peak": peak / 2**30, "before": before / 2**30}
+
+
+def resident(what: str) -> int:
+    """Bytes of this process's memory, from Linux."""
+    return int(re.search(rf"{what}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def alone_in_a_process(name: str, batch: int) -> dict[str, float]:

@@ -127,8 +127,8 @@ class FrozenClip(nn.Module):
     def _run(
         self, patches: Tensor, blocks: range, last: slice | None = None, prompts: dict[int, Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Patch embeddings (B, g*g, W) -> tokens (B, 1 + g*g, W) after `blocks`, or those of the slice `last` alone, and
-        maps of the feature blocks among them."""
+        """Patch embeddings (B, g*g, W) -> tokens (B, 1 + g*g, W) after `blocks`, of the last one only the slice `last`,
+        and maps of the feature blocks among them."""
         visual, prompts, maps = self.clip.visual, prompts or {}, []
         class_token = visual.class_embedding.expand(len(patches), 1, -1)
         x = visual.ln_pre(torch.cat([class_token, patches], dim=1) + visual.positional_embedding)
@@ -147,8 +147,8 @@ class FrozenClip(nn.Module):
 
 
 def transformer_block(block: nn.Module, x: Tensor, wanted: slice = slice(None), causal: bool = False) -> Tensor:
-    """One pre-norm block over x (B, L, W), with CLIP's weights, for the tokens `wanted` of it; attention without storing
-    the (L, L) matrix."""
+    """One pre-norm block over x (B, L, W), with CLIP's weights, for the tokens `wanted` of it; attention without
+    storing the (L, L) matrix."""
     attention, normed = block.attn, block.ln_1(x)
     width = x.shape[-1]
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
