@@ -107,6 +107,7 @@ def test_a_training_step_has_the_plain_gradients(small, large, monkeypatch):
 def assert_close(network, expected):
     """The gradients of one against the parameters of the other, which hold the expected gradients."""
     for (name, parameter), gradient in zip(network.named_parameters(), expected.parameters(), strict=True):
+        gradient = gradient.detach()
         largest = float(gradient.abs().max())
         assert (parameter.grad - gradient).abs().max() <= 1e-4 * largest + 1e-10, name
 

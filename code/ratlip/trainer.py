@@ -212,11 +212,13 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     loader = training_loader(images, batches, config.data.num_workers, pin=place.type == "cuda")
     evaluator = Evaluator(Scorer(config, clip, test_items), test_items, precision)
 
-    generator = build.generator_of(config, clip).to(place, memory_format=torch.channels_last)
-    discriminator = build.discriminator_of(config, clip).to(place, memory_format=torch.channels_last)
+    generator, discriminator = (
+        build.generator_of(config, clip).to(place),
+        build.discriminator_of(config, clip).to(place),
+    )
     ema = None
     if config.train.ema:
-        ema = build.generator_of(config, clip).to(place, memory_format=torch.channels_last).eval().requires_grad_(False)
+        ema = build.generator_of(config, clip).to(place).eval().requires_grad_(False)
         ema.load_state_dict(generator.state_dict())
     total_steps = len(batches) * config.train.max_epoch
     training = Training(config.train, clip, generator, discriminator, ema, sentences.to(place), precision, total_steps)

@@ -33,7 +33,7 @@ def plain_conv(conv: Conv, x: torch.Tensor) -> torch.Tensor:
     bn = conv.bn
     x = F.batch_norm(x, bn.running_mean.clone(), bn.running_var.clone(), bn.weight, bn.bias, conv.training)
     x = shuffle(F.leaky_relu(x, 0.01).transpose(0, 1)).transpose(0, 1)
-    return conv.gate(x)  # tests/models/test_attention.py has the order of gates and shuffle
+    return conv.attention(x)  # tests/models/test_attention.py has the order of gates and shuffle
 
 
 @pytest.mark.parametrize("large", [1, 10**9])
@@ -81,7 +81,7 @@ def test_running_statistics_are_batch_norms():
     norm = torch.nn.BatchNorm2d(32)
     x = torch.randn(3, 4, 6, 6)
     for _ in range(2):
-        conv(lambda x: x, (x,), 6)
+        conv(lambda x: x, [x], 6)
         norm(conv.conv(x))
     for name, expected in norm.named_buffers():
         assert torch.allclose(dict(conv.bn.named_buffers())[name], expected, atol=1e-6), name

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from ratlip.models.moments import moments
+
 EPS = 1e-5
 
 
@@ -44,11 +46,7 @@ class ShuffleAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W), its channels shuffled -> (B, C, H, W)."""
-        # Two means: torch.var_mean is several times slower on channels-last tensors on a CPU. Not in bfloat16, where
-        # their difference would have no digit left.
-        exact = torch.promote_types(x.dtype, torch.float32)
-        mean, square = x.mean((2, 3), dtype=exact), x.square().mean((2, 3), dtype=exact)  # (B, C)
-        variance = (square - mean.square()).clamp(min=0)
+        mean, variance = moments(x)  # (B, C)
         mean, variance = (unshuffle(v.T).T.unflatten(1, (self.groups, 2, -1)) for v in (mean, variance))
         mean_c, mean_s = mean.unbind(2)  # (B, groups, C / 16) each
 

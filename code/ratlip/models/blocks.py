@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ratlip import distributed
 from ratlip.models.attention import ShuffleAttention, shuffle, unshuffle
+from ratlip.models.moments import moments
 from ratlip.models.rat import Affines
 
 AFFINES_PER_BLOCK = 4  # two fuses, two affine layers each
@@ -47,47 +48,47 @@ def by_sample(function: Callable[..., Tensor], tensors: Sequence[Tensor], elemen
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d whose statistics, while training, are those of the whole batch over all processes.
+    """BatchNorm2d as what it multiplies and adds to each channel. While training its statistics are those of the whole
+    batch over all processes.
 
     torch.nn.SyncBatchNorm does this on GPUs only; this does it for any backend, with the gradient through the sums.
     """
 
-    def forward(self, x: Tensor, shuffled: bool = False) -> Tensor:
-        """Normalise by the batch and move the running statistics: x (B, C, H, W), of the same B on every process, its
-        channels shuffled or not -> the same shape."""
-        order, back = (shuffle, unshuffle) if shuffled else (torch.clone, torch.clone)
-        weight, bias = order(self.weight), order(self.bias)
-        mean, variance = order(self.running_mean), order(self.running_var)
-        self.num_batches_tracked += 1
-        if distributed.world_size() == 1:
-            x = F.batch_norm(x, mean, variance, weight, bias, True, self.momentum, self.eps)
-        else:
-            exact = x.to(torch.promote_types(x.dtype, torch.float32))
-            count = x.numel() // x.shape[1] * distributed.world_size()
-            batch_mean = all_reduce(exact.sum((0, 2, 3))) / count
-            centred = exact - batch_mean[:, None, None]
-            batch_variance = all_reduce(centred.square().sum((0, 2, 3))) / count
-            with torch.no_grad():
-                mean.lerp_(batch_mean, self.momentum)
-                variance.lerp_(batch_variance * count / (count - 1), self.momentum)
-            scale = weight * (batch_variance + self.eps).rsqrt()
-            x = (centred * scale[:, None, None] + bias[:, None, None]).to(x.dtype)
-        self.running_mean.copy_(back(mean))
-        self.running_var.copy_(back(variance))
-        return x
+    def forward(self, means: Tensor, variances: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+        """Scale and shift (C,), by the batch; moves the running statistics.
 
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """What it multiplies and adds to each channel (C,) in eval mode."""
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        return scale, self.bias - self.running_mean * scale
+        Args:
+            means, variances: (B, C), of the `positions` of each sample's map; of the same B on every process.
+        """
+        count = len(means) * distributed.world_size()
+        mean = sum_over_processes(means.sum(0)) / count
+        variance = sum_over_processes((variances + (means - mean).square()).sum(0)) / count
+        with torch.no_grad():
+            count *= positions
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), self.momentum)
+            self.num_batches_tracked += 1
+        return self._scale_and_shift(mean, variance)
+
+    def running(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift (C,), by the running statistics."""
+        return self._scale_and_shift(self.running_mean, self.running_var)
+
+    def _scale_and_shift(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return scale, self.bias - mean * scale
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    return x if distributed.world_size() == 1 else all_reduce(x)
 
 
 class Conv(nn.Module):
     """3x3 convolution; GALIP's is plain with a bias, RATLIP's is followed by BatchNorm, LeakyReLU 0.01 and
     (with `attention`) shuffle attention.
 
-    The attention's gates, which are elementwise, are left to `gate`, so that they are computed with what comes next.
-    Its channel shuffle and, in eval mode, BatchNorm are done to the filters, which are smaller than the maps.
+    What follows is left to `finish`, so that it is computed with what comes next. The attention's channel shuffle and,
+    in eval mode, BatchNorm are done to the filters, which are smaller than the maps.
 
     Args:
         style: "galip" or "ratlip".
@@ -99,12 +100,12 @@ class Conv(nn.Module):
         self.bn = BatchNorm(out_channels) if style == "ratlip" else None
         self.attention = ShuffleAttention(out_channels) if style == "ratlip" and attention else None
 
-    def forward(self, before: Callable[..., Tensor], tensors: Sequence[Tensor], size: int) -> Tensor:
+    def forward(self, before: Callable[..., Tensor], tensors: Sequence[Tensor], size: int) -> list[Tensor]:
         """What `before` makes of `tensors`, (B, C_in, h, w), resized to `size` by nearest neighbour and convolved ->
-        (B, C_out, size, size), still without `gate`."""
+        (B, C_out, size, size), and what else `finish` needs, all with B rows."""
         weight, bias = self.conv.weight, self.conv.bias
         if self.bn is not None and not self.training:
-            scale, bias = self.bn.scale_and_shift()
+            scale, bias = self.bn.running()
             weight = weight * scale[:, None, None, None]
         if self.attention is not None:
             weight, bias = shuffle(weight), bias if bias is None else shuffle(bias)
@@ -114,14 +115,18 @@ class Conv(nn.Module):
             return resize_and_convolve(before(*parts), kernel, bias, size)
 
         x = by_sample(work, tensors, len(weight) * size**2)
+        if self.bn is None or not self.training:
+            return [x]
+        shuffled = self.attention is not None
+        means, variances = (unshuffle(v.T).T if shuffled else v for v in moments(x))
+        norm = (shuffle(v) if shuffled else v for v in self.bn(means, variances, size**2))
+        return [x, *(v.to(x.dtype).expand(len(x), -1)[:, :, None, None] for v in norm)]
+
+    def finish(self, x: Tensor, *norm: Tensor) -> Tensor:
+        """BatchNorm's scale and shift, LeakyReLU and the attention's gates on what `forward` gave."""
         if self.bn is None:
             return x
-        if self.training:
-            x = self.bn(x, shuffled=self.attention is not None)
-        return F.leaky_relu(x, 0.01, inplace=True)
-
-    def gate(self, x: Tensor) -> Tensor:
-        """The attention's gates on what `forward` gave, each sample by itself."""
+        x = F.leaky_relu(torch.addcmul(norm[1], norm[0], x) if norm else x, 0.01)
         return x if self.attention is None else self.attention(x)
 
 
@@ -168,8 +173,8 @@ class MapperBlock(nn.Module):
     def forward(self, x: Tensor, affines: Affines) -> Tensor:
         """x (B, C, g, g) -> (B, C, g, g)."""
         first, second = flat(affines[:2]), flat(affines[2:])
-        residual = self.conv2(fuse, (self.conv1(x), *first), x.shape[-1])
-        return x + fuse(self.conv2.gate(residual), *second)
+        residual = self.conv2(fuse, [self.conv1(x), *first], x.shape[-1])
+        return x + fuse(self.conv2.finish(*residual), *second)
 
 
 class GeneratorBlock(nn.Module):
@@ -188,13 +193,15 @@ class GeneratorBlock(nn.Module):
     def forward(self, x: Tensor, size: int, affines: Affines) -> Tensor:
         """x (B, C_in, h, h) -> (B, C_out, size, size)."""
         first, second = flat(affines[:2]), flat(affines[2:])
-        residual = self.conv1(fuse, (x, *first), size)
-        residual = self.conv2(lambda x, *own: fuse(self.conv1.gate(x), *own), (residual, *second), size)
 
-        def add(shortcut: Tensor, residual: Tensor) -> Tensor:
-            return self.conv2.gate(residual) + resize(shortcut, size)
+        def between(*tensors: Tensor) -> Tensor:
+            return fuse(self.conv1.finish(*tensors[: -len(second)]), *tensors[-len(second) :])
 
-        return by_sample(add, (self.shortcut(x), residual), residual[0].numel())
+        def add(shortcut: Tensor, *residual: Tensor) -> Tensor:
+            return self.conv2.finish(*residual) + resize(shortcut, size)
+
+        residual = self.conv2(between, [*self.conv1(fuse, [x, *first], size), *second], size)
+        return by_sample(add, [self.shortcut(x), *residual], residual[0][0].numel())
 
 
 def flat(affines: Affines) -> list[Tensor]:
