@@ -1,7 +1,6 @@
 """How much faster ours is than the plain rendering of the same networks, and how much memory it saves."""
 
 import argparse
-import contextlib
 import json
 import re
 import statistics
@@ -239,8 +238,7 @@ def data_variants() -> dict[str, Callable[[], object]]:
     settings.data.update(dir=str(root), num_workers=1)
     made = {}
     for name in ("plain", "ours"):
-        with contextlib.redirect_stderr(None):
-            items = usable_items(settings, "train")[:256]
+        items = usable_items(settings, "train")[:256]
         images = TrainingImages(items, settings.model.imsize, settings.data.enlarge, settings.data.flip, seed=0)
         made[name] = lambda images=images: [images[Draw(0, n, n, 0)] for n in range(len(images))] and folder
         write_copies(settings, items)
