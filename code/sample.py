@@ -26,6 +26,9 @@ def main() -> None:
     parser.add_argument(
         "--device", default="cpu", choices=("cpu", "cuda", "auto"), help="where to compute (default cpu)"
     )
+    parser.add_argument(
+        "--precision", default="fp32", choices=("fp32", "bf16", "fp16", "auto"), help="of the generator (default fp32)"
+    )
     arguments = parser.parse_intermixed_args()
 
     overrides = [word for word in arguments.words if re.match(r"[a-z_]+(\.[a-z_]+)+=", word)]
@@ -53,7 +56,8 @@ def main() -> None:
 
     # Picture k of a caption has the noise of (seed, k), whatever else is asked for.
     noise = seeded_noise(arguments.seed, range(arguments.n), generator.noise_dim).to(place)
-    images = draw(generator, embed_captions(clip, captions), noise)  # (C, N, 3, S, S)
+    precision = device.choose_precision(arguments.precision, place)
+    images = draw(generator, embed_captions(clip, captions), noise, precision)  # (C, N, 3, S, S)
     for number, (caption, own) in enumerate(zip(captions, images, strict=True), 1):
         words = re.sub(r"\W+", "-", caption.lower()).strip("-")[:60]
         save_pictures(own, arguments.out, f"{number:02}_{words}_seed{arguments.seed}")

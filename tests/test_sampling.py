@@ -88,6 +88,18 @@ def test_shipped_checkpoint_draws_the_caption(tmp_path):
     assert grid.width > 2 * 128 and grid.height > 2 * 128
 
 
+def test_bf16_pictures_are_near_float32s(tmp_path):
+    pictures = []
+    for precision in ("fp32", "bf16"):
+        words = (UNTRAINED, "--n", 1, "--precision", precision, "--out", tmp_path / precision)
+        result = run("sample.py", "cfg/demo.yml", CAPTION, *words)
+        assert result.returncode == 0, result.stderr
+        (path,) = (tmp_path / precision).glob("01_*_0.png")
+        pictures.append(np.asarray(Image.open(path)).astype(int))
+    difference = np.abs(pictures[0] - pictures[1])
+    assert 0 < difference.max() and difference.mean() < 4  # levels of 255
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

@@ -94,19 +94,21 @@ class FrozenClip(nn.Module):
 
         N is the number of `feature_blocks`, W the tower's width, g its patch grid. The embedding is not normalised.
         """
-        tokens, maps = self._run(self._patches(images), range(self.depth))
+        class_token = slice(0, 1)  # all that the embedding is made of
+        tokens, maps = self._run(self._patches(images), range(self.depth), class_token)
         visual = self.clip.visual
-        return maps, visual.ln_post(tokens[:, 0]) @ visual.proj
+        return torch.stack(maps, dim=1), visual.ln_post(tokens[:, 0]) @ visual.proj
 
     def feature_maps(self, images: Tensor) -> Tensor:
         """The feature maps of `image` alone; blocks above the last one that is read do not run."""
-        return self._run(self._patches(images), range(self.feature_blocks[-1] + 1))[1]
+        return torch.stack(self._run(self._patches(images), range(self.feature_blocks[-1] + 1))[1], dim=1)
 
     def mapper(self, features: Tensor, prompts: Tensor) -> Tensor:
         """Prompted mapper (GALIP, arXiv 2301.12959): features (B, W, g, g) in place of patch embeddings,
         prompts (B, len(prompt_blocks), W) -> patch tokens of the last block (B, W, g, g)."""
         patches = features.flatten(2).transpose(1, 2)  # (B, g*g, W)
-        tokens, _ = self._run(patches, range(self.depth), dict(zip(self.prompt_blocks, prompts.unbind(1), strict=True)))
+        prompted = dict(zip(self.prompt_blocks, prompts.unbind(1), strict=True))
+        tokens, _ = self._run(patches, range(self.depth), slice(1, 1 + self.grid**2), prompted)
         return self._to_map(tokens)
 
     def clip_input(self, images: Tensor) -> Tensor:
@@ -122,31 +124,40 @@ class FrozenClip(nn.Module):
     def _patches(self, images: Tensor) -> Tensor:
         return self.clip.visual.conv1(self.clip_input(images)).flatten(2).transpose(1, 2)  # (B, g*g, W)
 
-    def _run(self, patches: Tensor, blocks: range, prompts: dict[int, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Patch embeddings (B, g*g, W) -> tokens (B, 1 + g*g, W) after `blocks`, maps of the feature blocks."""
+    def _run(
+        self, patches: Tensor, blocks: range, last: slice | None = None, prompts: dict[int, Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Patch embeddings (B, g*g, W) -> tokens (B, 1 + g*g, W) after `blocks`, of the last one only the slice `last`,
+        and maps of the feature blocks among them."""
         visual, prompts, maps = self.clip.visual, prompts or {}, []
         class_token = visual.class_embedding.expand(len(patches), 1, -1)
         x = visual.ln_pre(torch.cat([class_token, patches], dim=1) + visual.positional_embedding)
         for i in blocks:
             block = visual.transformer.resblocks[i]
-            if i in prompts:
-                x = transformer_block(block, torch.cat([x, prompts[i][:, None]], dim=1))[:, :-1]
-            else:
-                x = transformer_block(block, x)
+            wanted = slice(0, 1 + self.grid**2)  # not the prompt
+            if last and i == blocks[-1] and i not in self.feature_blocks:
+                wanted = last
+            x = transformer_block(block, torch.cat([x, prompts[i][:, None]], dim=1) if i in prompts else x, wanted)
             if i in self.feature_blocks:
-                maps.append(self._to_map(x))
-        return x, torch.stack(maps, dim=1) if maps else x
+                maps.append(self._to_map(x[:, 1:]))
+        return x, maps
 
     def _to_map(self, tokens: Tensor) -> Tensor:
-        return tokens[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (B, W, g, g)
+        return tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (B, W, g, g)
 
 
-def transformer_block(block: nn.Module, x: Tensor, causal: bool = False) -> Tensor:
-    """One pre-norm block over x (B, L, W), with CLIP's weights; attention without storing the (L, L) matrix."""
-    attention = block.attn
-    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
-    q, k, v = qkv.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, L, W / heads)
-    x = x + attention.out_proj(_attend(q, k, v, causal).transpose(1, 2).flatten(2))
+def transformer_block(block: nn.Module, x: Tensor, wanted: slice = slice(None), causal: bool = False) -> Tensor:
+    """One pre-norm block over x (B, L, W), with CLIP's weights, for the tokens `wanted` of it; attention without
+    storing the (L, L) matrix."""
+    attention, normed = block.attn, block.ln_1(x)
+    width = x.shape[-1]
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    q = F.linear(normed[:, wanted], weight[:width], bias[:width])
+    kv = F.linear(normed, weight[width:], bias[width:])
+    q, k, v = (
+        part.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for part in (q, *kv.chunk(2, dim=2))
+    )  # each (B, heads, L, W / heads)
+    x = x[:, wanted] + attention.out_proj(_attend(q, k, v, causal).transpose(1, 2).flatten(2))
     return x + _mlp(block.mlp, block.ln_2(x))
 
 

@@ -53,9 +53,11 @@ def interpolate(start: Tensor, end: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def draw(generator: Generator, sentences: Tensor, noise: Tensor) -> Tensor:
+def draw(generator: Generator, sentences: Tensor, noise: Tensor, precision: str = "fp32") -> Tensor:
     """Every caption with every noise: sentence embeddings (C, E), noise (N, Z) -> images (C, N, 3, S, S) in [-1, 1]."""
-    return torch.stack([generate(generator, noise, sentence.expand(len(noise), -1)) for sentence in sentences])
+    return torch.stack(
+        [generate(generator, noise, sentence.expand(len(noise), -1), precision) for sentence in sentences]
+    )
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from ratlip.models.discriminator import Discriminator
 from ratlip.models.generator import Generator
 from ratlip.monitor import Monitor
 from ratlip.pictures import captioned_grid
+from ratlip.profiling import Trace
 from ratlip.sampling import generate, seeded_noise
 from ratlip.stopping import Stop, Stopped
 
@@ -211,11 +212,13 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     loader = training_loader(images, batches, config.data.num_workers, pin=place.type == "cuda")
     evaluator = Evaluator(Scorer(config, clip, test_items), test_items, precision)
 
-    generator = build.generator_of(config, clip).to(place, memory_format=torch.channels_last)
-    discriminator = build.discriminator_of(config, clip).to(place, memory_format=torch.channels_last)
+    generator, discriminator = (
+        build.generator_of(config, clip).to(place),
+        build.discriminator_of(config, clip).to(place),
+    )
     ema = None
     if config.train.ema:
-        ema = build.generator_of(config, clip).to(place, memory_format=torch.channels_last).eval().requires_grad_(False)
+        ema = build.generator_of(config, clip).to(place).eval().requires_grad_(False)
         ema.load_state_dict(generator.state_dict())
     total_steps = len(batches) * config.train.max_epoch
     training = Training(config.train, clip, generator, discriminator, ema, sentences.to(place), precision, total_steps)
@@ -234,6 +237,7 @@ def train(config: EasyDict) -> None:
     run = run or distributed.same(time.strftime("%Y-%m-%d_%H-%M-%S"))
     save_folder = Path(config.log.save_dir) / config.name / run
     monitor = Monitor(Path(config.log.dir) / config.name / run, config, t.epoch if scores else -1, t.step, len(batches))
+    trace = Trace(config.train.profile, monitor.folder)
     if distributed.rank() == 0:
         save_folder.mkdir(parents=True, exist_ok=True)
         (save_folder / "config.yml").write_text(configuration.dump(config))
@@ -256,6 +260,7 @@ def train(config: EasyDict) -> None:
             for batch in loader:
                 values = train_step(t, Batch(*(tensor.to(t.sentences.device, non_blocking=True) for tensor in batch)))
                 monitor.step(values, t.step)
+                trace.step()
                 if t.bad_in_a_row >= config.train.max_bad_steps:
                     raise diverged(t, save_folder)
                 if distributed.any_process(stop.asked(), t.sentences.device):
@@ -289,6 +294,7 @@ def train(config: EasyDict) -> None:
         monitor.hparams(scores["end"])
         draw_course(t, monitor)
     finally:
+        trace.close()
         monitor.close()
         stop.close()
     distributed.say(f"checkpoints  {save_folder}\nlogs, grids  {monitor.folder}")

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from helpers import relative_error
 
-from ratlip.models.attention import ShuffleAttention
+from ratlip.models.attention import ShuffleAttention, shuffle, unshuffle
 
 
 def test_definition():
@@ -30,4 +30,6 @@ def test_definition():
     for j in range(channels // 2):
         for g in range(2):
             expected[:, 2 * j + g] = gated[:, g * channels // 2 + j]
-    assert relative_error(attention(x), expected) < 1e-12
+    shuffled = shuffle(x.transpose(0, 1)).transpose(0, 1)
+    assert relative_error(attention(shuffled), expected) < 1e-12
+    assert torch.equal(unshuffle(shuffle(x[0])), x[0])

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from helpers import relative_error
 
-from ratlip.models.blocks import DiscriminatorBlock, GeneratorBlock, fuse, resize_and_convolve
+from ratlip.models import blocks
+from ratlip.models.attention import shuffle
+from ratlip.models.blocks import Conv, DiscriminatorBlock, GeneratorBlock, doubling_kernel, fuse, resize_and_convolve
 
 
 @pytest.mark.parametrize(("side", "size"), [(4, 8), (7, 8), (8, 8), (16, 28), (5, 10)])
@@ -13,7 +15,9 @@ def test_resize_and_convolve_equals_the_two_in_turn(side, size):
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(6, 5, 3, padding=1).double()
     x = torch.randn(2, 6, side, side, dtype=torch.float64, requires_grad=True)
-    ours, plain = resize_and_convolve(x, conv, size), conv(F.interpolate(x, (size, size), mode="nearest"))
+    kernel = doubling_kernel(conv.weight) if size == 2 * side else conv.weight
+    ours = resize_and_convolve(x, kernel, conv.bias, size)
+    plain = conv(F.interpolate(x, (size, size), mode="nearest"))
     assert relative_error(ours, plain) < 1e-12
     weights = torch.randn_like(plain)
     wanted = (x, conv.weight, conv.bias)
@@ -21,26 +25,72 @@ def test_resize_and_convolve_equals_the_two_in_turn(side, size):
         assert relative_error(a, b) < 1e-12
 
 
+def plain_conv(conv: Conv, x: torch.Tensor) -> torch.Tensor:
+    """Conv's parts in the order in which its description has them."""
+    x = conv.conv(x)
+    if conv.bn is None:
+        return x
+    bn = conv.bn
+    x = F.batch_norm(x, bn.running_mean.clone(), bn.running_var.clone(), bn.weight, bn.bias, conv.training)
+    x = shuffle(F.leaky_relu(x, 0.01).transpose(0, 1)).transpose(0, 1)
+    return conv.attention(x)  # tests/models/test_attention.py has the order of gates and shuffle
+
+
+@pytest.mark.parametrize("large", [1, 10**9])
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("style", ["galip", "ratlip"])
 @pytest.mark.parametrize(("side", "size"), [(8, 16), (7, 8), (16, 28)])
-def test_generator_block_equals_resizing_first(style, side, size):
+def test_generator_block_equals_the_plain_order(style, side, size, training, large, monkeypatch):
+    """Resizing first, BatchNorm after the convolution, the whole batch at once, nothing computed again."""
+    monkeypatch.setattr(blocks, "LARGE", large)
     torch.manual_seed(1)
-    block = GeneratorBlock(32, 16, style, attention=True).double().eval()
+    block = GeneratorBlock(32, 16, style, attention=True).double().train(training)
+    with torch.no_grad():
+        for tensor in (*block.parameters(), *block.buffers()):
+            if tensor.is_floating_point() and tensor.ndim < 2:
+                tensor.uniform_(0.5, 1.5)
     affines = [
-        (torch.randn(2, c, 1, 1, dtype=torch.float64), torch.randn(2, c, 1, 1, dtype=torch.float64))
+        tuple(torch.randn(2, c, 1, 1, dtype=torch.float64, requires_grad=True) for _ in range(2))
         for c in block.affine_channels
     ]
-    x = torch.randn(2, 32, side, side, dtype=torch.float64)
+    x = torch.randn(2, 32, side, side, dtype=torch.float64, requires_grad=True)
     resized = F.interpolate(x, (size, size), mode="nearest")
-    residual = block.conv1(fuse(resized, affines[:2]))
-    expected = block.shortcut(resized) + block.conv2(fuse(residual, affines[2:]))
-    assert relative_error(block(x, size, affines), expected) < 1e-10
+    first, second = (fuse_plainly(pairs) for pairs in (affines[:2], affines[2:]))
+    expected = block.shortcut(resized) + plain_conv(block.conv2, second(plain_conv(block.conv1, first(resized))))
+    found = block(x, size, affines)
+    assert relative_error(found, expected) < 1e-10
+    wanted = [x, *block.parameters(), *(tensor for pair in affines for tensor in pair)]
+    weights = torch.randn_like(expected)
+    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), wanted) for y in (found, expected)), strict=True):
+        assert (a - b).abs().max() <= 1e-8 * b.abs().max() + 1e-10
+
+
+def fuse_plainly(pairs):
+    def fused(x):
+        for gamma, beta in pairs:
+            x = F.leaky_relu(gamma * x + beta, 0.2)
+        return x
+
+    return fused
+
+
+def test_running_statistics_are_batch_norms():
+    """Although the channels are shuffled before they are normalised."""
+    torch.manual_seed(2)
+    conv = Conv(4, 32, "ratlip", attention=True)
+    norm = torch.nn.BatchNorm2d(32)
+    x = torch.randn(3, 4, 6, 6)
+    for _ in range(2):
+        conv(lambda x: x, [x], 6)
+        norm(conv.conv(x))
+    for name, expected in norm.named_buffers():
+        assert torch.allclose(dict(conv.bn.named_buffers())[name], expected, atol=1e-6), name
 
 
 def test_fuse_is_affine_then_leaky_relu():
     x = torch.tensor([[[[1.0, -2.0]]]])
-    one = (torch.full((1, 1, 1, 1), 3.0), torch.full((1, 1, 1, 1), 1.0))
-    assert fuse(x, [one]).flatten().tolist() == pytest.approx([4.0, -1.0])
+    gamma, beta = torch.full((1, 1, 1, 1), 3.0), torch.full((1, 1, 1, 1), 1.0)
+    assert fuse(x, gamma, beta).flatten().tolist() == pytest.approx([4.0, -1.0])
 
 
 def test_discriminator_block_starts_as_its_shortcut():

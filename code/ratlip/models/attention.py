@@ -3,11 +3,25 @@
 import torch
 from torch import Tensor, nn
 
+from ratlip.models.moments import moments
+
 EPS = 1e-5
+
+
+def shuffle(x: Tensor) -> Tensor:
+    """Channel shuffle of the first dimension (C, ...) -> (C, ...): channel 2 j + g was channel g * C / 2 + j."""
+    return x.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def unshuffle(x: Tensor) -> Tensor:
+    """What `shuffle` undoes, (C, ...) -> (C, ...)."""
+    return x.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
 
 
 class ShuffleAttention(nn.Module):
     """Gate every channel by a sigmoid of its statistics or of its normalised self, then shuffle channels.
+
+    Gates and shuffle may change places: here channels come in shuffled, as the filters before can have them.
 
     The channels are cut into `groups` contiguous groups, each into halves. The first half of each group is
     gated by sigmoid(w * mean + b), the second by sigmoid(w * GroupNorm(x) + b) with one channel a norm group.
@@ -31,22 +45,16 @@ class ShuffleAttention(nn.Module):
         self.norm_bias = nn.Parameter(torch.zeros(half))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H, W)."""
-        # Two means: torch.var_mean is several times slower on channels-last tensors on a CPU. Not in bfloat16, where
-        # their difference would have no digit left.
-        exact = torch.promote_types(x.dtype, torch.float32)
-        mean, square = x.mean((2, 3), dtype=exact), x.square().mean((2, 3), dtype=exact)  # (B, C)
-        variance = (square - mean.square()).clamp(min=0)
-        mean_c, mean_s = mean.unflatten(1, (self.groups, 2, -1)).unbind(2)  # (B, groups, C / 16) each
-        variance_s = variance.unflatten(1, (self.groups, 2, -1))[:, :, 1]
+        """x (B, C, H, W), its channels shuffled -> (B, C, H, W)."""
+        mean, variance = moments(x)  # (B, C)
+        mean, variance = (unshuffle(v.T).T.unflatten(1, (self.groups, 2, -1)) for v in (mean, variance))
+        mean_c, mean_s = mean.unbind(2)  # (B, groups, C / 16) each
 
         offset_c = self.cweight * mean_c + self.cbias
-        slope_s = self.sweight * self.norm_weight * torch.rsqrt(variance_s + EPS)
+        slope_s = self.sweight * self.norm_weight * torch.rsqrt(variance[:, :, 1] + EPS)
         offset_s = self.sweight * self.norm_bias + self.sbias - slope_s * mean_s
-        slope = torch.stack([torch.zeros_like(slope_s), slope_s], dim=2).flatten(1)[:, :, None, None]  # (B, C, 1, 1)
-        offset = torch.stack([offset_c, offset_s], dim=2).flatten(1)[:, :, None, None]
-
-        gated = x * torch.addcmul(offset.to(x.dtype), slope.to(x.dtype), x).sigmoid_()
-        # Channel 2 j + g was channel g * C / 2 + j; written so that channels-last stays channels-last.
-        halves = gated.permute(0, 2, 3, 1).chunk(2, dim=3)
-        return torch.stack(halves, dim=4).flatten(3).permute(0, 3, 1, 2)
+        slope, offset = (
+            shuffle(torch.stack(halves, dim=2).flatten(1).T).T[:, :, None, None].to(x.dtype)  # (B, C, 1, 1)
+            for halves in ((torch.zeros_like(slope_s), slope_s), (offset_c, offset_s))
+        )
+        return x * torch.addcmul(offset, slope, x).sigmoid_()

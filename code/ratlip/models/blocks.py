@@ -1,50 +1,94 @@
 """The residual blocks of the generator and the discriminator, and the convolutions they are made of."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
+from torch.utils.checkpoint import checkpoint
 
 from ratlip import distributed
-from ratlip.models.attention import ShuffleAttention
+from ratlip.models.attention import ShuffleAttention, shuffle, unshuffle
+from ratlip.models.moments import moments
 from ratlip.models.rat import Affines
 
 AFFINES_PER_BLOCK = 4  # two fuses, two affine layers each
+LARGE = 2**20  # elements of one sample's map (4 MiB in float32), from which on by_sample treats it as large
+# As a matrix, nearest doubling followed by a kernel (w0, w1, w2): what a transposed convolution of stride 2 reads.
+DOUBLING = ((0.0, 0.0, 1.0, 1.0), (0.0, 1.0, 1.0, 0.0), (1.0, 1.0, 0.0, 0.0))
 
 
-def fuse(x: Tensor, affines: Affines) -> Tensor:
-    """Affine layer, LeakyReLU 0.2, for each of `affines`: x (B, C, H, W) -> (B, C, H, W)."""
-    for gamma, beta in affines:
+def fuse(x: Tensor, *affines: Tensor) -> Tensor:
+    """Affine layer, LeakyReLU 0.2, for each gamma, beta of `affines` (B, C, 1, 1): x (B, C, H, W) -> (B, C, H, W)."""
+    for gamma, beta in zip(affines[::2], affines[1::2], strict=True):
         x = F.leaky_relu(torch.addcmul(beta, gamma, x), 0.2, inplace=True)
     return x
 
 
+def by_sample(function: Callable[..., Tensor], tensors: Sequence[Tensor], elements: int) -> Tensor:
+    """function(*tensors), which treats each row of the tensors (B, ...) by itself, with less memory where maps of
+    `elements` a sample are large.
+
+    What the function keeps for the backward pass is then computed again instead, but for the last convolution in it,
+    whose result nothing needs. On a CPU samples are taken one by one: a large map just fits into the processor's cache,
+    and a batch of them is so large that the system gives and takes back its memory for every single operation.
+    """
+    if elements < LARGE:
+        return function(*tensors)
+
+    def again(*parts: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return function(*parts)
+        return checkpoint(function, *parts, use_reentrant=False, preserve_rng_state=False)
+
+    if tensors[0].device.type != "cpu":
+        return again(*tensors)
+    return torch.cat([again(*parts) for parts in zip(*(tensor.split(1) for tensor in tensors), strict=True)])
+
+
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d whose statistics, while training, are those of the whole batch over all processes.
+    """BatchNorm2d as what it multiplies and adds to each channel. While training its statistics are those of the whole
+    batch over all processes.
 
     torch.nn.SyncBatchNorm does this on GPUs only; this does it for any backend, with the gradient through the sums.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W), of the same B on every process -> the same shape."""
-        if not self.training or distributed.world_size() == 1:
-            return super().forward(x)
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        count = x.numel() // x.shape[1] * distributed.world_size()
-        mean = all_reduce(exact.sum((0, 2, 3))) / count
-        centred = exact - mean[:, None, None]
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+    def forward(self, means: Tensor, variances: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+        """Scale and shift (C,), by the batch; moves the running statistics.
+
+        Args:
+            means, variances: (B, C), of the `positions` of each sample's map; of the same B on every process.
+        """
+        count = len(means) * distributed.world_size()
+        mean = sum_over_processes(means.sum(0)) / count
+        variance = sum_over_processes((variances + (means - mean).square()).sum(0)) / count
         with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            count *= positions
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), self.momentum)
             self.num_batches_tracked += 1
+        return self._scale_and_shift(mean, variance)
+
+    def running(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift (C,), by the running statistics."""
+        return self._scale_and_shift(self.running_mean, self.running_var)
+
+    def _scale_and_shift(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        return scale, self.bias - mean * scale
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    return x if distributed.world_size() == 1 else all_reduce(x)
 
 
 class Conv(nn.Module):
     """3x3 convolution; GALIP's is plain with a bias, RATLIP's is followed by BatchNorm, LeakyReLU 0.01 and
     (with `attention`) shuffle attention.
+
+    What follows is left to `finish`, so that it is computed with what comes next. The attention's channel shuffle and,
+    in eval mode, BatchNorm are done to the filters, which are smaller than the maps.
 
     Args:
         style: "galip" or "ratlip".
@@ -56,27 +100,60 @@ class Conv(nn.Module):
         self.bn = BatchNorm(out_channels) if style == "ratlip" else None
         self.attention = ShuffleAttention(out_channels) if style == "ratlip" and attention else None
 
-    def forward(self, x: Tensor, size: int | None = None) -> Tensor:
-        """x (B, C_in, h, w), first resized to `size` by nearest neighbour -> (B, C_out, size, size)."""
-        x = resize_and_convolve(x, self.conv, size or x.shape[-1])
-        if self.bn is not None:
-            x = F.leaky_relu(self.bn(x), 0.01, inplace=True)
+    def forward(self, before: Callable[..., Tensor], tensors: Sequence[Tensor], size: int) -> list[Tensor]:
+        """What `before` makes of `tensors`, (B, C_in, h, w), resized to `size` by nearest neighbour and convolved ->
+        (B, C_out, size, size), and what else `finish` needs, all with B rows."""
+        weight, bias = self.conv.weight, self.conv.bias
+        if self.bn is not None and not self.training:
+            scale, bias = self.bn.running()
+            weight = weight * scale[:, None, None, None]
+        if self.attention is not None:
+            weight, bias = shuffle(weight), bias if bias is None else shuffle(bias)
+        kernel = doubling_kernel(weight) if size == 2 * tensors[0].shape[-1] else weight
+
+        def work(*parts: Tensor) -> Tensor:
+            return resize_and_convolve(before(*parts), kernel, bias, size)
+
+        x = by_sample(work, tensors, len(weight) * size**2)
+        if self.bn is None or not self.training:
+            return [x]
+        shuffled = self.attention is not None
+        means, variances = (unshuffle(v.T).T if shuffled else v for v in moments(x))
+        norm = (shuffle(v) if shuffled else v for v in self.bn(means, variances, size**2))
+        return [x, *(v.to(x.dtype).expand(len(x), -1)[:, :, None, None] for v in norm)]
+
+    def finish(self, x: Tensor, *norm: Tensor) -> Tensor:
+        """BatchNorm's scale and shift, LeakyReLU and the attention's gates on what `forward` gave."""
+        if self.bn is None:
+            return x
+        x = F.leaky_relu(torch.addcmul(norm[1], norm[0], x) if norm else x, 0.01)
         return x if self.attention is None else self.attention(x)
 
 
-def resize_and_convolve(x: Tensor, conv: nn.Conv2d, size: int) -> Tensor:
-    """Nearest resize of x to (size, size), then the padded 3x3 convolution.
+def doubling_kernel(weight: Tensor) -> Tensor:
+    """The 4x4 kernel of the transposed convolution that nearest doubling and this 3x3 convolution together are.
 
-    After an exact doubling the 3x3 window sees only 2x2 different values, so that both together are one 4x4
-    transposed convolution of stride 2, with 16 products a position in place of 36. Its kernel is the 3x3 kernel
-    correlated with the 2x2 block of ones that nearest doubling is.
+    After an exact doubling the 3x3 window sees only 2x2 different values: 16 products a position in place of 36.
+
+    Args:
+        weight: (C_out, C_in, 3, 3). The result is (C_in, C_out, 4, 4), for stride 2 and padding 1.
+    """
+    along = torch.tensor(DOUBLING, dtype=weight.dtype, device=weight.device)
+    taps = weight.permute(1, 2, 3, 0).flatten(1, 2)  # (C_in, 9, C_out)
+    kernel = torch.kron(along, along).T @ taps  # (C_in, 16, C_out)
+    # In channels-last order, with which transposed convolutions on CPUs take a third less time.
+    return kernel.unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+
+
+def resize_and_convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, size: int) -> Tensor:
+    """Nearest resize of x (B, C_in, h, w) to (size, size), then the padded 3x3 convolution -> (B, C_out, size, size).
+
+    Args:
+        kernel: (C_out, C_in, 3, 3); where size is 2 h its `doubling_kernel`.
     """
     if size == 2 * x.shape[-1]:
-        kernel = conv.weight.flip(2, 3).transpose(0, 1)  # (C_in, C_out, 3, 3), as a transposed convolution reads it
-        kernel = F.pad(kernel, (0, 1, 0, 0)) + F.pad(kernel, (1, 0, 0, 0))
-        kernel = F.pad(kernel, (0, 0, 0, 1)) + F.pad(kernel, (0, 0, 1, 0))  # (C_in, C_out, 4, 4)
-        return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
-    return conv(resize(x, size))
+        return F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)
+    return F.conv2d(resize(x, size), kernel, bias, padding=1)
 
 
 def resize(x: Tensor, size: int) -> Tensor:
@@ -95,7 +172,9 @@ class MapperBlock(nn.Module):
 
     def forward(self, x: Tensor, affines: Affines) -> Tensor:
         """x (B, C, g, g) -> (B, C, g, g)."""
-        return x + fuse(self.conv2(fuse(self.conv1(x), affines[:2])), affines[2:])
+        first, second = flat(affines[:2]), flat(affines[2:])
+        residual = self.conv2(fuse, [self.conv1(x), *first], x.shape[-1])
+        return x + fuse(self.conv2.finish(*residual), *second)
 
 
 class GeneratorBlock(nn.Module):
@@ -113,8 +192,21 @@ class GeneratorBlock(nn.Module):
 
     def forward(self, x: Tensor, size: int, affines: Affines) -> Tensor:
         """x (B, C_in, h, h) -> (B, C_out, size, size)."""
-        residual = self.conv1(fuse(x, affines[:2]), size)
-        return resize(self.shortcut(x), size) + self.conv2(fuse(residual, affines[2:]))
+        first, second = flat(affines[:2]), flat(affines[2:])
+
+        def between(*tensors: Tensor) -> Tensor:
+            return fuse(self.conv1.finish(*tensors[: -len(second)]), *tensors[-len(second) :])
+
+        def add(shortcut: Tensor, *residual: Tensor) -> Tensor:
+            return self.conv2.finish(*residual) + resize(shortcut, size)
+
+        residual = self.conv2(between, [*self.conv1(fuse, [x, *first], size), *second], size)
+        return by_sample(add, [self.shortcut(x), *residual], residual[0][0].numel())
+
+
+def flat(affines: Affines) -> list[Tensor]:
+    """[(gamma, beta), (gamma, beta)] -> [gamma, beta, gamma, beta]."""
+    return [tensor for pair in affines for tensor in pair]
 
 
 class DiscriminatorBlock(nn.Module):

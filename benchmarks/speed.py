@@ -1,0 +1,249 @@
+"""How much faster ours is than the plain rendering of the same networks, and how much memory it saves."""
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "code")]
+
+EXAMPLE = """example:
+  source scripts/env.sh && python benchmarks/speed.py --what sample --batch 1 8 --rounds 5
+  python benchmarks/speed.py --what train --batch 4
+  python benchmarks/speed.py --device cuda --what train --batch 64 --precision bf16 --plain-precision fp16
+
+Random weights of the released size: ViT-B/32, nf 64, 224 pixels. Each round runs both once, in turn; the first round
+is not counted. Peak memory is that of a process of its own for each (resident memory on a CPU, allocated on a GPU).
+data: images a second of one process, from JPEGs of 500 x 375 (plain) and from prepare.sh's resized copies (ours).
+"""
+
+
+def main() -> None:
+    """Read the command line, measure, print."""
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__, epilog=EXAMPLE
+    )
+    parser.add_argument("--what", default="sample", choices=("sample", "train", "eval", "data"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--batch", type=int, nargs="+", default=[4], help="images at a time; several are tried in turn")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that are counted (default 5)")
+    precisions = ("fp32", "bf16", "fp16")
+    parser.add_argument("--precision", default="fp32", choices=precisions, help="of ours")
+    parser.add_argument("--plain-precision", default="fp32", choices=precisions)
+    parser.add_argument("--model", default="ratlip", choices=("ratlip", "galip"))
+    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: as many as PyTorch takes")
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    parser.add_argument("--only", choices=("plain", "ours"), help="one of the two, without ratios; prints JSON")
+    words = parser.parse_args()
+
+    import torch
+
+    if words.threads:
+        torch.set_num_threads(words.threads)
+    if words.only:
+        print(json.dumps(alone(words)))
+        return
+    where = torch.cuda.get_device_name() if words.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{words.what}, {words.model}, {where}, PyTorch {torch.__version__}; "
+          f"plain in {words.plain_precision}, ours in {words.precision}; medians of {words.rounds} rounds")  # fmt: skip
+    columns = ("seconds", "images/s", "CPU s", "peak GiB", "at start")
+    print(f"{'batch':>5}  {'':5}" + "".join(f"  {column:>8}" for column in columns))
+    for batch in words.batch:
+        seconds, processor = alternate(variants(words, batch), words.rounds, words.device)
+        count = 256 if words.what == "data" else batch
+        memory = {}
+        if not words.no_memory and words.what != "data":
+            memory = {name: alone_in_a_process(name, batch) for name in seconds}
+        for name in seconds:
+            median = statistics.median(seconds[name])
+            peak = [f"{memory[name][key]:.2f}" if memory else "" for key in ("peak", "before")]
+            print(f"{batch:>5}  {name:5}  {median:>8.3f}  {count / median:>8.2f}  "
+                  f"{statistics.median(processor[name]):>7.2f}  {peak[0]:>8}  {peak[1]:>8}")  # fmt: skip
+        ratios = [ratio(seconds), ratio(processor)]
+        saved = f", memory 1/{memory['plain']['peak'] / memory['ours']['peak']:.2f}" if memory else ""
+        text = f"{ratios[0]:.2f}x by the clock, {ratios[1]:.2f}x of processor time{saved}"
+        print(f"{batch:>5}  ratio  {text}", flush=True)
+
+
+def ratio(seconds: dict[str, list[float]]) -> float:
+    """Median of the rounds' ratios: what disturbs one of a pair mostly disturbs the other too."""
+    pairs = zip(seconds["plain"], seconds["ours"], strict=True)
+    return statistics.median(plain / ours for plain, ours in pairs)
+
+
+def alternate(
+    work: dict[str, Callable[[], object]], rounds: int, device: str
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds by the clock, and of processor time, of each round of each; a first round is not counted."""
+    import torch
+
+    clock, processor = {name: [] for name in work}, {name: [] for name in work}
+    for number in range(rounds + 1):
+        for name, call in work.items():
+            start = time.perf_counter(), time.process_time()
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if number:
+                clock[name].append(time.perf_counter() - start[0])
+                processor[name].append(time.process_time() - start[1])
+    return clock, processor
+
+
+def alone(words: argparse.Namespace) -> dict[str, float]:
+    """GiB held by one of the two at most, and before its first pass."""
+    import torch
+
+    call = variants(words, words.batch[0], words.only)[words.only]
+    if words.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak, VmHWM, is that from here on
+        before = resident("VmRSS")
+    for _ in range(2):  # optimisers keep their state from the first step on
+        call()
+    peak = torch.cuda.max_memory_allocated() if words.device == "cuda" else resident("VmHWM")
+    return {"peak": peak / 2**30, "before": before / 2**30}
+
+
+def resident(what: str) -> int:
+    """Bytes of this process's memory, from Linux."""
+    return int(re.search(rf"{what}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def alone_in_a_process(name: str, batch: int) -> dict[str, float]:
+    """`alone`, of the same command line and one batch size."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", name, "--batch", str(batch)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def variants(words: argparse.Namespace, batch: int, only: str | None = None) -> dict[str, Callable[[], object]]:
+    """One round's work of each, both on the same weights and inputs."""
+    if words.what == "data":
+        return data_variants()
+    import torch
+
+    from ratlip import released
+    from ratlip.clip_towers import FrozenClip
+    from ratlip.device import autocast
+
+    device = torch.device(words.device)
+    torch.manual_seed(0)
+    model = random_clip()
+    net_g, net_d, net_c = random_networks(model, words.model == "ratlip")
+    noise, sentences = torch.randn(batch, 100, device=device), torch.randn(batch, 512, device=device)
+    images = torch.rand(batch, 3, 224, 224, device=device) * 2 - 1
+    made = {}
+    if only != "plain":
+        clip = FrozenClip(model, preprocess="released")
+        networks = {"netG": net_g.state_dict(), "netD": net_d.state_dict(), "netC": net_c.state_dict()}
+        ours = released.load_networks({"model": networks}, clip)[:2]
+        made["ours"] = ours_variant(words, clip.to(device), *(n.to(device) for n in ours), noise, sentences, images)
+    if only == "ours":
+        del net_g, net_d, net_c
+    else:
+        made["plain"] = plain_variant(words, model.to(device), *(n.to(device) for n in (net_g, net_d, net_c)),
+                                      autocast(device, words.plain_precision), noise, sentences, images)  # fmt: skip
+    return dict(sorted(made.items(), reverse=True))  # plain first
+
+
+def random_clip():
+    """A CLIP of ViT-B/32's shapes, in float32, frozen."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # clip imports pkg_resources, which warns of its end
+        import clip.model
+    return clip.model.CLIP(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12).float().eval().requires_grad_(False)
+
+
+def random_networks(clip, ratlip: bool):
+    """The plain netG, netD and netC, in eval mode."""
+    import plain
+
+    return plain.Generator(clip, ratlip).eval(), plain.NetD().eval(), plain.NetC().eval()
+
+
+def ours_variant(words, clip, generator, discriminator, noise, sentences, images) -> Callable[[], object]:
+    """What ours does in a round."""
+    import torch
+
+    from ratlip import config
+    from ratlip.data.loader import Batch
+    from ratlip.sampling import generate
+    from ratlip.trainer import Training, train_step
+
+    if words.what == "sample":
+        return lambda: generate(generator, noise, sentences, words.precision)
+    if words.what == "eval":
+        return torch.no_grad()(lambda: clip.image(generate(generator, noise, sentences, words.precision))[1])
+    settings = config.EasyDict(config.unflatten(config.default_settings())).train
+    settings.lr_g = settings.lr_d = 0.0  # that no round differs from another
+    training = Training(settings, clip, generator.train(), discriminator, None, sentences, words.precision, 10**9)
+    rows = torch.arange(len(noise), device=noise.device)
+    batch = Batch(images, rows, rows.roll(1))
+    return lambda: train_step(training, batch)
+
+
+def plain_variant(words, clip, net_g, net_d, net_c, autocast, noise, sentences, images) -> Callable[[], object]:
+    """What the plain rendering does in a round."""
+    import plain
+    import torch
+
+    @torch.no_grad()
+    def sample():
+        with autocast:
+            return net_g(noise, sentences).float().clamp(-1, 1)
+
+    if words.what == "sample":
+        return sample
+    if words.what == "eval":
+        return torch.no_grad()(lambda: plain.image_tower(clip, sample())[1])
+    scaler = torch.amp.GradScaler(noise.device.type, enabled=words.plain_precision == "fp16")
+    trainer = plain.Trainer(clip, net_g.train(), net_d, net_c, autocast, scaler)
+    for optimizer in (trainer.optimizer_g, trainer.optimizer_d):
+        optimizer.param_groups[0]["lr"] = 0.0
+    tokens = torch.randint(1, 49407, (len(noise), 77), device=noise.device)
+    return lambda: trainer.step(images, tokens, noise)
+
+
+def data_variants() -> dict[str, Callable[[], object]]:
+    """256 training images in one process: decoded from JPEG and resized (plain), and from the resized copies (ours)."""
+    import numpy as np
+    from PIL import Image
+
+    from ratlip import config
+    from ratlip.data.inventory import usable_items, write_copies
+    from ratlip.data.loader import Draw, TrainingImages
+
+    folder = tempfile.TemporaryDirectory()
+    root = Path(folder.name)
+    rng = np.random.default_rng(0)
+    for kind in ("images", "text"):
+        (root / kind).mkdir()
+    for number in range(288):  # a tenth is held out
+        coarse = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
+        levels = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)) + rng.integers(-6, 7, (375, 500, 3))
+        Image.fromarray(levels.clip(0, 255).astype(np.uint8)).save(root / f"images/{number}.jpg", quality=90)
+        (root / f"text/{number}.txt").write_text(f"picture number {number}\n")
+    settings = config.EasyDict({**config.unflatten(config.default_settings()), "name": "speed"})
+    settings.data.update(dir=str(root), num_workers=1)
+    made = {}
+    for name in ("plain", "ours"):
+        items = usable_items(settings, "train")[:256]
+        images = TrainingImages(items, settings.model.imsize, settings.data.enlarge, settings.data.flip, seed=0)
+        made[name] = lambda images=images: [images[Draw(0, n, n, 0)] for n in range(len(images))] and folder
+        write_copies(settings, items)
+    return made
+
+
+if __name__ == "__main__":
+    main()

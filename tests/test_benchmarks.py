@@ -1,0 +1,119 @@
+"""The plain rendering that benchmarks/ measures against, against ours: the same images, gradients and training step."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, fixture_input, relative_error, released_weights, small_clip_model
+
+from ratlip import config
+from ratlip.clip_towers import FrozenClip
+from ratlip.data.loader import Batch
+from ratlip.models import blocks
+from ratlip.released import UNUSED, load_networks
+from ratlip.trainer import Training, randomness, train_step
+
+sys.path.append(str(ROOT / "benchmarks"))
+import plain  # noqa: E402
+
+
+@pytest.mark.parametrize("system", ["galip", "ratlip"])
+@torch.no_grad()
+def test_plain_gives_the_released_image(system, vitb32, fixtures):
+    weights = released_weights(f"{system}.netG")
+    generator = plain.Generator(vitb32.clip, system == "ratlip").eval()
+    generator.load_state_dict({key: value for key, value in weights.items() if not UNUSED.match(key)})
+    image = generator(fixture_input("noise", 1, 100), fixture_input("sent", 1, 512))
+    assert relative_error(image, fixtures[f"{system}.image"]) < 1e-4
+
+
+@torch.no_grad()
+def test_plain_discriminator_and_image_tower_are_the_released_ones(vitb32, fixtures):
+    networks = plain.NetD(), plain.NetC()
+    for network, name in zip(networks, ("netD", "netC"), strict=True):
+        weights = released_weights(name)
+        network.load_state_dict({key: value for key, value in weights.items() if not UNUSED.match(key)})
+    features = networks[0](fixture_input("feats", 2, 3, 768, 7, 7))
+    assert relative_error(features, fixtures["netD.out"]) < 1e-4
+    assert relative_error(networks[1](features, fixture_input("sent2", 2, 512)), fixtures["netC.logit"]) < 1e-4
+    maps, embedding = plain.image_tower(vitb32.clip, fixture_input("image", 2, 3, 256, 256).tanh())
+    assert relative_error(embedding, fixtures["img.emb"]) < 1e-4
+    assert relative_error(maps.mean((3, 4)), fixtures["img.local.mean"]) < 1e-4
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A small CLIP with a 7 x 7 grid, and plain networks that fit it, all in float64."""
+    monkeypatch.setattr("clip.model.LayerNorm.forward", torch.nn.LayerNorm.forward)  # OpenAI's rounds to float32
+    monkeypatch.setattr(plain, "CHANNELS", (128, 128, 128, 128, 64, 32, 16))
+    monkeypatch.setattr(plain, "WIDTH", 64)
+    monkeypatch.setattr(plain, "SENTENCE_DIM", 64)
+    monkeypatch.setattr(plain, "CONDITION_DIM", 164)
+    clip = FrozenClip(small_clip_model(56, 8, 64, 12), preprocess="released").double()
+    torch.manual_seed(0)
+    networks = {
+        "netG": plain.Generator(clip.clip).double(),
+        "netD": plain.NetD().double(),
+        "netC": plain.NetC().double(),
+    }
+    with torch.no_grad():
+        for name, parameter in (pair for network in networks.values() for pair in network.named_parameters()):
+            if name.endswith(("gamma", "beta")):  # numbers that weigh the discriminator's branches
+                parameter.fill_(0.5)
+            elif "weight" not in name.rsplit(".", 1)[-1] or parameter.ndim == 1 or ".se." in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return clip, networks
+
+
+@pytest.mark.parametrize("large", [1, 10**9])
+def test_a_training_step_has_the_plain_gradients(small, large, monkeypatch):
+    """Of both networks, in float64; with LARGE at 1 all maps are treated as large ones are."""
+    monkeypatch.setattr(blocks, "LARGE", large)
+    clip, networks = small
+    states = {name: network.state_dict() for name, network in networks.items()}
+    generator, discriminator, _ = load_networks({"model": states}, clip)
+    tokens = clip.tokenize(["a red bird", "a green bird with a long beak"])
+    images = torch.rand(2, 3, 224, 224, dtype=torch.float64) * 2 - 1
+    settings = config.EasyDict(config.unflatten(config.default_settings())).train
+    settings.lr_g = settings.lr_d = 0.0
+    training = Training(
+        settings, clip, generator.double().train(), discriminator.double(), None, clip.text(tokens)[0], "fp32", 10
+    )
+    noise = randomness(training, 2)[0].double()
+    monkeypatch.setattr("ratlip.trainer.randomness", lambda t, share: (noise, *[torch.zeros(2, 2)] * 2))
+    train_step(training, Batch(images, torch.arange(2), torch.tensor([1, 0])))
+
+    net_g, net_d, net_c = (network.train() for network in networks.values())
+    sentences, mismatched = training.sentences.clone().requires_grad_(), training.sentences.flip(0)
+    maps, fake_maps = (plain.image_tower(clip.clip, x)[0].detach() for x in (images, net_g(noise, training.sentences)))
+    loss_d = plain.losses_d(net_d, net_c, maps.requires_grad_(), fake_maps, sentences, mismatched)
+    gradients = torch.autograd.grad(loss_d, [*net_d.parameters(), *net_c.parameters()])
+    expected_d = {"netD": net_d, "netC": net_c}
+    for name, network in expected_d.items():
+        own, gradients = gradients[: len(list(network.parameters()))], gradients[len(list(network.parameters())) :]
+        expected_d[name] = dict(zip((key for key, _ in network.named_parameters()), own, strict=True))
+    assert_close(discriminator, load_networks({"model": expected_d}, clip)[1])
+
+    autocast = torch.autocast("cpu", enabled=False)
+    trainer = plain.Trainer(clip.clip, net_g, net_d, net_c, autocast, torch.amp.GradScaler("cpu", enabled=False))
+    for optimizer in (trainer.optimizer_g, trainer.optimizer_d):
+        optimizer.param_groups[0]["lr"] = 0.0
+    trainer.step(images, tokens, noise)
+    expected_g = {**dict(net_g.named_buffers()), **{key: p.grad for key, p in net_g.named_parameters()}}
+    assert_close(generator, load_networks({"model": {"netG": expected_g}}, clip)[0])
+
+
+def assert_close(network, expected):
+    """The gradients of one against the parameters of the other, which hold the expected gradients."""
+    for (name, parameter), gradient in zip(network.named_parameters(), expected.parameters(), strict=True):
+        gradient = gradient.detach()
+        largest = float(gradient.abs().max())
+        assert (parameter.grad - gradient).abs().max() <= 1e-4 * largest + 1e-10, name
+
+
+def test_the_command_measures_both():
+    command = [sys.executable, "benchmarks/speed.py", "--what", "data", "--rounds", "1", "--threads", "1"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "plain" in result.stdout and "x by the clock" in result.stdout
