@@ -241,7 +241,8 @@ def data_variants() -> dict[str, Callable[[], object]]:
         items = usable_items(settings, "train")[:256]
         images = TrainingImages(items, settings.model.imsize, settings.data.enlarge, settings.data.flip, seed=0)
         made[name] = lambda images=images: [images[Draw(0, n, n, 0)] for n in range(len(images))] and folder
-        write_copies(settings, items)
+        if name == "plain":
+            write_copies(settings, items)  # which usable_items then finds
     return made
 
 
