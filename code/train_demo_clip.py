@@ -285,10 +285,10 @@ def _psnr(mean_square_error: Tensor) -> float:
 def main() -> None:
     """Train, write the weights, measure them and write the figures beside them."""
     defaults = argparse.ArgumentDefaultsHelpFormatter
-    example = "example: python code/train_demo_clip.py --steps 800 --out clip.pt"
+    example = "example: python code/train_demo_clip.py --steps 400 --out clip.pt"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=defaults, epilog=example)
     parser.add_argument("--out", type=Path, default=ROOT / "assets/demo/clip.pt", help="file to write")
-    parser.add_argument("--steps", type=int, default=800, help=f"training steps of {BATCH} pictures")
+    parser.add_argument("--steps", type=int, default=1500, help=f"training steps of {BATCH} pictures")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     args = parser.parse_args()
 
