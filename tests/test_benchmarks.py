@@ -81,7 +81,7 @@ def test_a_training_step_has_the_plain_gradients(small, large, monkeypatch):
         settings, clip, generator.double().train(), discriminator.double(), None, clip.text(tokens)[0], "fp32", 10
     )
     noise = randomness(training, 2)[0].double()
-    monkeypatch.setattr("ratlip.trainer.randomness", lambda t, share: (noise, *[torch.zeros(2, 2)] * 2))
+    monkeypatch.setattr("ratlip.trainer.randomness", lambda t, share: (noise, *[torch.zeros(2, 3)] * 2))
     train_step(training, Batch(images, torch.arange(2), torch.tensor([1, 0])))
 
     net_g, net_d, net_c = (network.train() for network in networks.values())

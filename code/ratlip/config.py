@@ -52,7 +52,14 @@ AT_LEAST = {
     "log.save_interval": 1,
 }
 MULTIPLE_OF = {"model.nf": 16, "model.d_channels": 4}  # shuffle attention halves 8 groups of channels
-SHARES = ("train.lr_decay", "train.beta1", "train.beta2", "train.ema", "train.augment_shift")  # from 0 up to 1
+SHARES = (
+    "train.lr_decay",
+    "train.beta1",
+    "train.beta2",
+    "train.ema",
+    "train.augment_shift",
+    "train.augment_brightness",
+)  # from 0 up to 1
 # Released GALIP and RATLIP files are flat. Where their keys stand here; all others no longer mean anything.
 FLAT = {
     "CONFIG_NAME": "model.name",

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from ratlip import build, checkpoint, distributed, losses, resume
 from ratlip import config as configuration
 from ratlip import device as devices
-from ratlip.augment import shift
+from ratlip.augment import augment
 from ratlip.clip_towers import FrozenClip
 from ratlip.data import captions
 from ratlip.data.inventory import cache_folder, usable_items
@@ -74,16 +74,16 @@ def train_step(t: Training, batch: Batch) -> dict[str, Tensor]:
     """
     clip, generator, discriminator, scaler = t.clip, t.generator, t.discriminator, t.scaler
     sentences = t.sentences[batch.rows].requires_grad_()  # (B, E); MA-GP differentiates with respect to them
-    noise, real_shift, fake_shift = randomness(t, len(batch.images))
+    noise, real_draws, fake_draws = randomness(t, len(batch.images))
     set_learning_rates(t)
     batch_norm = [buffer.clone() for buffer in generator.buffers()]
 
     with devices.autocast(noise.device, t.precision):
         # What CLIP sees. No graph goes through it for real images: MA-GP starts at its feature maps.
         with torch.no_grad():
-            real_maps = clip.feature_maps(shift(batch.images, real_shift))  # (B, N, W, g, g)
+            real_maps = clip.feature_maps(augment(batch.images, real_draws))  # (B, N, W, g, g)
         real_maps.requires_grad_()
-        fake_maps, fake_embeddings = clip.image(shift(generator(noise, sentences.detach()), fake_shift))
+        fake_maps, fake_embeddings = clip.image(augment(generator(noise, sentences.detach()), fake_draws))
 
         # Discriminator
         real_features = discriminator.features(real_maps)
@@ -153,16 +153,18 @@ def finite(*values: Tensor) -> bool:
 
 
 def randomness(t: Training, share: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise (B, Z) and shifts of real and generated images (B, 2) in [-1, 1] for this process's share of a step.
+    """Noise (B, Z) and what `augment` does to real and generated images (B, 3) for this process's share of a step.
 
     They depend on (seed, step) alone, so that resuming, the device and the number of processes do not change them.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
     rng = np.random.default_rng((t.settings.seed, t.step))
     noise = rng.standard_normal((share * world_size, t.generator.noise_dim), dtype=np.float32)
-    shifts = rng.uniform(-1, 1, (2, share * world_size, 2)).astype(np.float32) * t.settings.augment_shift
+    shifts = rng.uniform(-1, 1, (2, share * world_size, 2)) * t.settings.augment_shift
+    brighter = rng.uniform(-1, 1, (2, share * world_size, 1)) * t.settings.augment_brightness
+    draws = np.concatenate([shifts, brighter], axis=2, dtype=np.float32)
     place = t.sentences.device
-    return tuple(torch.from_numpy(a[rank::world_size]).to(place) for a in (noise, *shifts))
+    return tuple(torch.from_numpy(a[rank::world_size]).to(place) for a in (noise, *draws))
 
 
 def set_learning_rates(t: Training) -> None:
