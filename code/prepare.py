@@ -15,7 +15,9 @@ def main() -> None:
         epilog="example:\n  bash scripts/prepare.sh cfg/bird.yml --resize data.num_workers=8",
     )
     parser.add_argument("config", help="a YAML file such as cfg/bird.yml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings stronger than the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings stronger than the file's"
+    )
     parser.add_argument(
         "--resize",
         action="store_true",

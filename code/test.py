@@ -28,7 +28,9 @@ def main() -> None:
         '"eval.metrics=[fid_released,clip_score]"',
     )
     parser.add_argument("config", help="a YAML file such as cfg/demo.yml")
-    parser.add_argument("words", nargs="*", metavar="checkpoint|key=value", help="what to score; settings to override")
+    parser.add_argument(
+        "words", nargs="*", default=[], metavar="checkpoint|key=value", help="what to score; settings to override"
+    )
     parser.add_argument("--images", type=Path, metavar="DIR", help="score these pictures; captions in .txt beside them")
     parser.add_argument("--against", type=Path, metavar="DIR", help="compare with these pictures, not the test split")
     arguments = parser.parse_intermixed_args()

@@ -18,7 +18,9 @@ def main() -> None:
         "  GPUS=2 bash scripts/train.sh cfg/bird.yml train.batch_size=128 train.seed=1",
     )
     parser.add_argument("config", help="a YAML file such as cfg/demo.yml; cfg/default.yml explains every key")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings stronger than the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings stronger than the file's"
+    )
     words = parser.parse_args()
     # scripts/resume.sh's state_epoch=120 picks the checkpoint of an epoch
     overrides = [re.sub("^state_epoch=", "train.resume=", word) for word in words.overrides]

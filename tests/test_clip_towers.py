@@ -48,14 +48,15 @@ def test_any_vit_equals_openai(resolution, patch, width, layers):
     assert relative_error(ours.text(tokens)[0], model.encode_text(tokens)) < 1e-5
 
 
-def test_bfloat16_is_float32_rounded(small_clip):
+@pytest.mark.parametrize("side", [64, 48])  # CLIP's own, and one that is resized
+def test_bfloat16_is_float32_rounded(small_clip, side):
     """Embeddings, feature maps and the gradient of the pictures; bfloat16 has 8 bits."""
     torch.manual_seed(0)
-    images, found = torch.rand(3, 3, 64, 64) * 2 - 1, {}
+    images, found = torch.rand(3, 3, side, side) * 2 - 1, {}
     for enabled in (False, True):
         seen = images.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            maps, embedding = small_clip.image(seen)
+            maps, embedding = small_clip.image(seen.bfloat16() if enabled else seen)  # as generators draw them
         (maps.float().square().mean() + embedding.float().square().mean()).backward()
         found[enabled] = maps, embedding, seen.grad
     for one, other in zip(found[True], found[False], strict=True):

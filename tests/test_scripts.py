@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, run
+from helpers import ROOT, assert_refused, run
 
 INTERPRETER = Path(sys.executable).parent
 
@@ -95,3 +95,15 @@ def test_scripts_that_the_texts_name_are_there():
     }
     assert len(named) > 5
     assert [pair for pair in sorted(named) if not (ROOT / pair[1]).is_file()] == []
+
+
+@pytest.mark.parametrize("name", ["train.py", "prepare.py", "test.py"])
+def test_without_words_the_configuration_is_asked_for(name):
+    result = run(name)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].endswith("the following arguments are required: config")
+
+
+def test_resuming_without_words_says_how():
+    result = subprocess.run(["bash", "scripts/resume.sh"], cwd=ROOT, capture_output=True, text=True)
+    assert_refused(result, "which run?", "scripts/resume.sh cfg/X.yml")

@@ -117,8 +117,8 @@ class FrozenClip(nn.Module):
         size = (self.resolution, self.resolution)
         if self.preprocess == "released":
             return ((F.interpolate(images, size, mode="nearest") + 1) * 0.5 - self.mean) / self.std
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+        if images.shape[-2:] != size:  # in float32: CPUs have no antialiasing in bfloat16
+            images = F.interpolate(images.float(), size, mode="bicubic", antialias=True, align_corners=False)
         return (images - self.mean) / self.std
 
     def _patches(self, images: Tensor) -> Tensor:
