@@ -17,7 +17,8 @@ def words(demo_folder, clip_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     places = (f"log.dir={folder}/logs", f"log.save_dir={folder}/saved", f"data.dir={demo_folder}")
     small = ("data.layout=folder", "model.imsize=16", "eval.metrics=[fd_clip,clip_score]", f"clip.weights={clip_file}")
-    return ["cfg/demo.yml", *TINY_RUN, *places, *small, f"train.max_epoch={EPOCHS}"], folder
+    length = (f"train.max_epoch={EPOCHS}", f"log.test_interval={EPOCHS}")
+    return ["cfg/demo.yml", *TINY_RUN, *places, *small, *length], folder
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,7 @@ def test_each_update_leaves_the_other_network_alone(make):
 
 def test_step_equals_the_losses_written_out(make):
     """One step against DESIGN's formulas, with every pass made anew and plain Adam."""
-    training, _, loader = make("train.ema=0", "train.augment_shift=0")
+    training, _, loader = make("train.ema=0", "train.augment_shift=0", "train.augment_brightness=0")
     batch = next(iter(loader))
     clip, s = training.clip, training.settings
     sentence, wrong = training.sentences[batch.rows], training.sentences[batch.mismatched_rows]
