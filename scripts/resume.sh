@@ -6,5 +6,5 @@
 # Example: bash scripts/resume.sh cfg/demo.yml train.max_epoch=8
 set -euo pipefail
 case " $* " in *" -h "* | *" --help "*) sed -n '2,/^set/{/^#/p}' "$0" | cut -c3-; exit 0 ;; esac
-[ $# -gt 0 ] || { echo "error: which run? bash scripts/resume.sh cfg/X.yml [state_epoch=N] [key=value ...]" >&2; exit 2; }
+[ $# -gt 0 ] || { echo "usage: bash scripts/resume.sh cfg/X.yml [state_epoch=N] [key=value ...]" >&2; exit 2; }
 exec bash "$(dirname "$0")/train.sh" "$1" train.resume=auto "${@:2}"

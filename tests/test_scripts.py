@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, assert_refused, run
+from helpers import ROOT, run
 
 INTERPRETER = Path(sys.executable).parent
 
@@ -102,8 +102,3 @@ def test_without_words_the_configuration_is_asked_for(name):
     result = run(name)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].endswith("the following arguments are required: config")
-
-
-def test_resuming_without_words_says_how():
-    result = subprocess.run(["bash", "scripts/resume.sh"], cwd=ROOT, capture_output=True, text=True)
-    assert_refused(result, "which run?", "scripts/resume.sh cfg/X.yml")
