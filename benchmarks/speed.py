@@ -88,6 +88,7 @@ def alternate(
     clock, processor = {name: [] for name in work}, {name: [] for name in work}
     for number in range(rounds + 1):
         for name, call in work.items():
+            allocate_as(name)
             start = time.perf_counter(), time.process_time()
             call()
             if device == "cuda":
@@ -98,10 +99,27 @@ def alternate(
     return clock, processor
 
 
+def allocate_as(name: str) -> None:
+    """Give freed memory back as the C library does by itself (plain), or keep it as our entry points do."""
+    import ctypes
+    import platform
+
+    from ratlip.device import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
+
+    if name == "ours":
+        keep_freed_memory()
+    elif platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 65536)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**26)  # what it has come to by itself after blocks of 32 MiB
+        libc.malloc_trim(0)
+
+
 def alone(words: argparse.Namespace) -> dict[str, float]:
     """GiB held by one of the two at most, and before its first pass."""
     import torch
 
+    allocate_as(words.only)
     call = variants(words, words.batch[0], words.only)[words.only]
     if words.device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -151,6 +169,8 @@ def variants(words: argparse.Namespace, batch: int, only: str | None = None) -> 
         made["ours"] = ours_variant(words, clip.to(device), *(n.to(device) for n in ours), noise, sentences, images)
     if only == "ours":
         del net_g, net_d, net_c
+        if words.what == "train":
+            clip.drop_text_tower()  # as training does: captions were encoded before
     else:
         made["plain"] = plain_variant(words, model.to(device), *(n.to(device) for n in (net_g, net_d, net_c)),
                                       autocast(device, words.plain_precision), noise, sentences, images)  # fmt: skip

@@ -36,4 +36,4 @@ def generator_of(config: EasyDict, clip: FrozenClip) -> Generator:
 
 def discriminator_of(config: EasyDict, clip: FrozenClip) -> Discriminator:
     """The discriminator that `config.model` describes, freshly initialised."""
-    return Discriminator(clip, config.model.d_channels, config.model.d_start)
+    return Discriminator(clip, config.model.d_channels, config.model.d_start, config.model.d_whiten)

@@ -89,6 +89,11 @@ class FrozenClip(nn.Module):
         end_of_text = words[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=1)]  # the largest id
         return end_of_text @ model.text_projection, words
 
+    def drop_text_tower(self) -> None:
+        """Free the text encoder's memory, where every caption there is has been encoded; `text` is gone then."""
+        for name in ("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection"):
+            delattr(self.clip, name)
+
     def image(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Image encoder: images (B, 3, H, W) in [-1, 1] -> feature maps (B, N, W, g, g), embedding (B, E).
 
@@ -152,13 +157,23 @@ def transformer_block(block: nn.Module, x: Tensor, wanted: slice = slice(None), 
     attention, normed = block.attn, block.ln_1(x)
     width = x.shape[-1]
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    q = F.linear(normed[:, wanted], weight[:width], bias[:width])
-    kv = F.linear(normed, weight[width:], bias[width:])
+    q = linear(normed[:, wanted], weight[:width], bias[:width])
+    kv = linear(normed, weight[width:], bias[width:])
     q, k, v = (
         part.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for part in (q, *kv.chunk(2, dim=2))
     )  # each (B, heads, L, W / heads)
-    x = x[:, wanted] + attention.out_proj(_attend(q, k, v, causal).transpose(1, 2).flatten(2))
-    return x + _mlp(block.mlp, block.ln_2(x))
+    attended = _attend(q, k, v, causal).transpose(1, 2).flatten(2)
+    x = x[:, wanted] + linear(attended, attention.out_proj.weight, attention.out_proj.bias)
+    return _add_mlp(x, block.ln_2(x), block.mlp)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear of x (B, L, I), weight (O, I) and bias (O,) -> (B, L, O)."""
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    # As a 1x1 convolution, which PyTorch gives to oneDNN. Products in float32 go to MKL, which takes more than twice as
+    # long on AMD's processors.
+    return F.conv2d(x.transpose(1, 2).unsqueeze(2), weight[:, :, None, None], bias).squeeze(2).transpose(1, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -169,13 +184,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
-def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+def _add_mlp(x: Tensor, normed: Tensor, mlp: nn.Module) -> Tensor:
+    """x + mlp(normed), all (B, L, W)."""
     if type(mlp.gelu).__name__ != "QuickGELU":
-        return mlp(x)
-    # QuickGELU x * sigmoid(1.702 x) is silu(1.702 x) / 1.702. With the factors put into the weights, which are
-    # fewer than the activations, it is one pass over these in place of three, and one in place of four back.
-    hidden = F.silu(F.linear(x, mlp.c_fc.weight * 1.702, mlp.c_fc.bias * 1.702))
-    return F.linear(hidden, mlp.c_proj.weight / 1.702, mlp.c_proj.bias)
+        return x + mlp(normed)
+    # QuickGELU h * sigmoid(1.702 h) is silu(1.702 h) / 1.702: one pass over the hidden layer in place of three, and one
+    # in place of four back. The factors go to what is smaller than it, before and after.
+    hidden = F.silu(linear(normed * 1.702, mlp.c_fc.weight, mlp.c_fc.bias * 1.702))
+    return torch.add(x + mlp.c_proj.bias, linear(hidden, mlp.c_proj.weight), alpha=1 / 1.702)
 
 
 def default_feature_blocks(depth: int) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from ratlip.augment import augment
 from ratlip.clip_towers import FrozenClip
 from ratlip.data import captions
 from ratlip.data.inventory import cache_folder, usable_items
-from ratlip.data.loader import Batch, EpochBatches, TestImages, TrainingImages, shard_numbers, training_loader
+from ratlip.data.loader import Batch, Draw, EpochBatches, TestImages, TrainingImages, shard_numbers, training_loader
 from ratlip.errors import UserError
 from ratlip.evaluation import Evaluator, Scorer, scores_table
 from ratlip.models.discriminator import Discriminator
@@ -81,16 +81,18 @@ def train_step(t: Training, batch: Batch) -> dict[str, Tensor]:
     with devices.autocast(noise.device, t.precision):
         # What CLIP sees. No graph goes through it for real images: MA-GP starts at its feature maps.
         with torch.no_grad():
-            real_maps = clip.feature_maps(augment(batch.images, real_draws))  # (B, N, W, g, g)
+            real_maps = discriminator.prepare(clip.feature_maps(augment(batch.images, real_draws)))  # (B, N, W, g, g)
         real_maps.requires_grad_()
         fake_maps, fake_embeddings = clip.image(augment(generator(noise, sentences.detach()), fake_draws))
+        fake_maps = discriminator.prepare(fake_maps)
 
         # Discriminator
         real_features = discriminator.features(real_maps)
         real_logits = discriminator.logits(real_features, sentences)
         mismatched_logits = discriminator.logits(real_features, t.sentences[batch.mismatched_rows])
         d_real = losses.hinge_real(real_logits)
-        d_fake = losses.hinge_fake(discriminator(fake_maps.detach(), sentences.detach()))
+        fake_features = discriminator.features(fake_maps.detach())
+        d_fake = losses.hinge_fake(discriminator.logits(fake_features, sentences.detach()))
         d_mismatched = losses.hinge_fake(mismatched_logits)
         penalty = losses.matching_aware_gradient_penalty(real_logits, (real_maps, sentences), scaler.get_scale())
         loss_d = d_real + (d_fake + d_mismatched) / 2 + penalty
@@ -106,7 +108,7 @@ def train_step(t: Training, batch: Batch) -> dict[str, Tensor]:
         # Generator
         discriminator.requires_grad_(False)
         with devices.autocast(noise.device, t.precision):
-            g_adversarial = -discriminator(fake_maps, sentences.detach()).mean()
+            g_adversarial = -discriminator.logits(discriminator.features(fake_maps), sentences.detach()).mean()
         t.optimizer_g.zero_grad()
         scaler.scale(g_adversarial - t.settings.sim_w * similarity).backward()
         discriminator.requires_grad_(True)
@@ -191,6 +193,7 @@ def update_ema(ema: Generator, generator: Generator, decay: float, step: int) ->
 def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evaluator]:
     """Data, CLIP and networks of a configuration, on this process's device, before the first step."""
     local_rank = distributed.start()
+    devices.keep_freed_memory()
     place = devices.choose(config.train.device, local_rank)
     precision = devices.choose_precision(config.train.precision, place)
     with distributed.first_process_first():  # before CLIP, which may be a long download, is asked for
@@ -213,11 +216,14 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     images = TrainingImages(items, config.model.imsize, config.data.enlarge, config.data.flip, config.train.seed)
     loader = training_loader(images, batches, config.data.num_workers, pin=place.type == "cuda")
     evaluator = Evaluator(Scorer(config, clip, test_items), test_items, precision)
+    clip.drop_text_tower()
 
     generator, discriminator = (
         build.generator_of(config, clip).to(place),
         build.discriminator_of(config, clip).to(place),
     )
+    if config.model.d_whiten:
+        discriminator.fit_whitening(some_feature_maps(clip, images, place))
     ema = None
     if config.train.ema:
         ema = build.generator_of(config, clip).to(place).eval().requires_grad_(False)
@@ -225,6 +231,15 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     total_steps = len(batches) * config.train.max_epoch
     training = Training(config.train, clip, generator, discriminator, ema, sentences.to(place), precision, total_steps)
     return training, batches, loader, evaluator
+
+
+@torch.no_grad()
+def some_feature_maps(clip: FrozenClip, images: TrainingImages, place: torch.device, count: int = 512) -> Tensor:
+    """CLIP feature maps (B, N, W, g, g) of B <= `count` training images, spread over the set."""
+    numbers = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int).tolist()
+    batches = [numbers[i : i + 64] for i in range(0, len(numbers), 64)]
+    seen = (torch.stack([images[Draw(0, number, 0, 0)][0] for number in batch]) for batch in batches)
+    return torch.cat([clip.feature_maps(batch.to(place)) for batch in seen])
 
 
 def train(config: EasyDict) -> None:

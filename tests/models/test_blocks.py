@@ -87,6 +87,33 @@ def test_running_statistics_are_batch_norms():
         assert torch.allclose(dict(conv.bn.named_buffers())[name], expected, atol=1e-6), name
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("side", "size"), [(8, 16), (8, 8)])
+def test_filters_that_are_kept_follow_the_weights(side, size):
+    """And the mode, the doubling and the precision."""
+    torch.manual_seed(3)
+    conv, x = Conv(4, 32, "ratlip", attention=True).eval(), torch.randn(2, 4, side, side)
+
+    def check(tolerance=1e-5, size=size):
+        found = conv.finish(*conv(lambda x: x, [x], size))
+        assert relative_error(found.float(), plain_conv(conv, F.interpolate(x, (size, size)))) < tolerance
+
+    check()
+    for change in (conv.conv.weight, conv.bn.running_mean, conv.bn.weight):
+        change.add_(torch.rand_like(change))
+        check()
+    conv.load_state_dict(Conv(4, 32, "ratlip", attention=True).state_dict())
+    check()
+    check(size=2 * size)
+    with torch.autocast("cpu", torch.bfloat16):
+        check(0.03)
+    check()
+    conv.train()
+    conv(lambda x: x, [x], size)  # moves the running statistics
+    conv.eval()
+    check()
+
+
 def test_fuse_is_affine_then_leaky_relu():
     x = torch.tensor([[[[1.0, -2.0]]]])
     gamma, beta = torch.full((1, 1, 1, 1), 3.0), torch.full((1, 1, 1, 1), 1.0)
