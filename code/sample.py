@@ -29,6 +29,9 @@ def main() -> None:
     parser.add_argument(
         "--precision", default="fp32", choices=("fp32", "bf16", "fp16", "auto"), help="of the generator (default fp32)"
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the generator: pays for thousands of pictures"
+    )
     arguments = parser.parse_intermixed_args()
 
     overrides = [word for word in arguments.words if re.match(r"[a-z_]+(\.[a-z_]+)+=", word)]
@@ -46,7 +49,7 @@ def main() -> None:
 
     from ratlip import device
     from ratlip.pictures import captioned_grid, save_pictures
-    from ratlip.sampling import draw, embed_captions, find_checkpoint, load_generator, seeded_noise
+    from ratlip.sampling import compiled, draw, embed_captions, find_checkpoint, load_generator, seeded_noise
 
     place = device.choose(arguments.device)
     generator, clip, loaded = load_generator(resolved, arguments.checkpoint or find_checkpoint(resolved))
@@ -57,6 +60,8 @@ def main() -> None:
     # Picture k of a caption has the noise of (seed, k), whatever else is asked for.
     noise = seeded_noise(arguments.seed, range(arguments.n), generator.noise_dim).to(place)
     precision = device.choose_precision(arguments.precision, place)
+    if arguments.compile:
+        generator = compiled(generator)
     images = draw(generator, embed_captions(clip, captions), noise, precision)  # (C, N, 3, S, S)
     for number, (caption, own) in enumerate(zip(captions, images, strict=True), 1):
         words = re.sub(r"\W+", "-", caption.lower()).strip("-")[:60]

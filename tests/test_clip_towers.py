@@ -105,6 +105,15 @@ def test_stays_frozen(small_clip):
     assert all(p.grad is None and not p.requires_grad for p in small_clip.parameters())
 
 
+@torch.no_grad()
+def test_without_its_text_tower_images_stay():
+    clip, images = FrozenClip(small_clip_model()), torch.rand(1, 3, 64, 64)
+    before, count = clip.image(images)[1], sum(p.numel() for p in clip.parameters())
+    clip.drop_text_tower()
+    assert torch.equal(clip.image(images)[1], before)
+    assert sum(p.numel() for p in clip.parameters()) < count - 49408 * 64  # the token embedding alone
+
+
 def test_files_that_are_not_a_clip_are_named(tmp_path):
     for name, content in (("text.pt", b"hello"), ("empty.pt", b"")):
         (tmp_path / name).write_bytes(content)

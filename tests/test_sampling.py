@@ -1,17 +1,19 @@
 """Sampling through the real entry point: pictures, seeds, and mistakes."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_refused, released_weights, run
+from helpers import ROOT, assert_refused, relative_error, released_weights, run
 from PIL import Image
 from scipy.stats import norm, truncnorm
 
 from ratlip.clip_towers import load_clip
 from ratlip.errors import UserError
-from ratlip.sampling import embed_captions, interpolate, seeded_noise, similarities, truncated
+from ratlip.models.generator import Generator
+from ratlip.sampling import compiled, embed_captions, generate, interpolate, seeded_noise, similarities, truncated
 
 CAPTION = "a small blue heart at the top left on a yellow background"
 UNTRAINED = "log.save_dir=nothing_trained_here"
@@ -50,6 +52,21 @@ def test_interpolation_keeps_to_the_great_circle():
     assert torch.allclose(angles, angles[:1].expand(4), rtol=1e-3)
     assert torch.equal(interpolate(start, start, 3), start.expand(3, -1))
     assert torch.isfinite(interpolate(start, -start, 3)).all()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_compiled_generator_draws_the_same(clip_file):
+    torch.manual_seed(0)
+    generator = Generator(load_clip(str(clip_file)), 16, 16, 8).eval()
+    noise, sentences = torch.randn(2, 8), torch.randn(2, 64)
+    expected = generate(generator, noise, sentences)
+    assert relative_error(generate(compiled(generator), noise, sentences), expected) < 1e-4
+
+
+def test_compiling_without_a_compiler_says_what_to_install(clip_file, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="apt-get install"):
+        compiled(Generator(load_clip(str(clip_file)), 16, 16))
 
 
 def test_similarities_are_clips_cosines(clip_file):

@@ -10,7 +10,7 @@ from helpers import TINY_RUN, assert_refused, run
 from PIL import Image
 
 from ratlip import checkpoint, config
-from ratlip.data.loader import Batch
+from ratlip.data.loader import Batch, Draw
 from ratlip.trainer import prepare, train_step
 
 
@@ -63,6 +63,15 @@ def test_everything_that_should_learn_changes_and_clip_does_not(make, more):
     assert all(torch.equal(value, clip_before[key]) for key, value in made[0].clip.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in made[0].clip.parameters())
     assert all(p.requires_grad for p in made[0].discriminator.parameters())
+
+
+def test_whitening_is_that_of_training_images(make):
+    training, _, loader = make("model.d_whiten=true")
+    items = range(len(loader.dataset))
+    images = torch.stack([loader.dataset[Draw(0, number, 0, 0)][0] for number in items])  # fewer than are looked at
+    prepared = training.discriminator.prepare(training.clip.feature_maps(images))
+    assert prepared.mean(0).abs().max() < 1e-3 and 0.1 < prepared.std() <= 1
+    assert not make("model.d_whiten=false")[0].discriminator.whiten
 
 
 class Recorder(torch.optim.Adam):

@@ -38,8 +38,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 def keep_freed_memory() -> None:
     """Let the C library keep the memory of freed tensors for the next ones; elsewhere than in glibc nothing changes.
 
-    By default it hands every block of more than 32 MiB back to the system, which maps and zeroes the next one anew, page
-    by page. On a CPU that takes longer than the arithmetic on it.
+    By default it hands every block of more than 32 MiB back to the system, which maps and zeroes the next one anew,
+    page by page. On a CPU that takes longer than the arithmetic on it.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,5 +1,7 @@
 """From captions to images: finding a checkpoint, loading its generator, seeded noise."""
 
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,6 +67,19 @@ def generate(generator: Generator, noise: Tensor, sentences: Tensor, precision: 
     """noise (B, Z), sentence embeddings (B, E), both on the generator's device -> images (B, 3, S, S) in [-1, 1]."""
     with autocast(noise.device, precision):
         return generator(noise, sentences).float().clamp(-1, 1)
+
+
+def compiled(generator: Generator) -> Generator:
+    """The generator, on its device, compiled by torch.compile: the same images but for rounding. The first call for
+    each batch size takes a minute or more, later ones are faster, most of all for single images on a CPU.
+
+    Raises:
+        UserError: no C++ compiler, without which PyTorch cannot compile for a CPU.
+    """
+    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
+    if generator.fc_code.weight.device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise UserError("compiling needs a C++ compiler (on Debian: apt-get install g++), or set CXX to one")
+    return torch.compile(generator.requires_grad_(False), dynamic=False, options={"freezing": True})
 
 
 @torch.no_grad()

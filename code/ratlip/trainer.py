@@ -193,7 +193,6 @@ def update_ema(ema: Generator, generator: Generator, decay: float, step: int) ->
 def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evaluator]:
     """Data, CLIP and networks of a configuration, on this process's device, before the first step."""
     local_rank = distributed.start()
-    devices.keep_freed_memory()
     place = devices.choose(config.train.device, local_rank)
     precision = devices.choose_precision(config.train.precision, place)
     with distributed.first_process_first():  # before CLIP, which may be a long download, is asked for
@@ -228,6 +227,7 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     if config.train.ema:
         ema = build.generator_of(config, clip).to(place).eval().requires_grad_(False)
         ema.load_state_dict(generator.state_dict())
+    devices.keep_freed_memory()  # from here on; what loading took has been given back
     total_steps = len(batches) * config.train.max_epoch
     training = Training(config.train, clip, generator, discriminator, ema, sentences.to(place), precision, total_steps)
     return training, batches, loader, evaluator

@@ -119,14 +119,17 @@ class Conv(nn.Module):
 
     def _filters(self, doubling: bool) -> tuple[Tensor, Tensor | None]:
         """Kernel for `resize_and_convolve` and bias, with all in them that can be. For sampling on a CPU they are kept
-        until the weights change: preparing them takes a fifth of the time of a single image."""
-        parts = [*self.conv.state_dict().values(), *(self.bn.state_dict().values() if self.bn is not None else ())]
-        keep = not (self.training or torch.is_grad_enabled()) and parts[0].device.type == "cpu"
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else parts[0].dtype
-        state = doubling, dtype, [(part.data_ptr(), part._version) for part in parts]
-        if keep and self._kept[0] == state:
-            return self._kept[1]
+        until the weights change: preparing them takes a sixth of the time of a single image."""
         weight, bias = self.conv.weight, self.conv.bias
+        keep = weight.device.type == "cpu" and not (
+            self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()  # which has its own way to keep
+        )
+        if keep:
+            parts = [*self.conv.state_dict().values(), *(self.bn.state_dict().values() if self.bn is not None else ())]
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+            state = doubling, dtype, [(part.data_ptr(), part._version) for part in parts]
+            if self._kept[0] == state:
+                return self._kept[1]
         if self.bn is not None and not self.training:
             scale, bias = self.bn.running()
             weight = weight * scale[:, None, None, None]
