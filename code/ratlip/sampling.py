@@ -14,7 +14,7 @@ from torch import Tensor
 from ratlip import build, checkpoint, released
 from ratlip import config as configuration
 from ratlip.clip_towers import FrozenClip
-from ratlip.device import autocast, keep_freed_memory
+from ratlip.device import autocast
 from ratlip.errors import UserError
 from ratlip.models.generator import Generator
 
@@ -79,7 +79,10 @@ def compiled(generator: Generator) -> Generator:
     compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
     if generator.fc_code.weight.device.type == "cpu" and not any(map(shutil.which, compilers)):
         raise UserError("compiling needs a C++ compiler (on Debian: apt-get install g++), or set CXX to one")
-    return torch.compile(generator.requires_grad_(False), dynamic=False, options={"freezing": True})
+    from torch._inductor import config as inductor  # takes seconds
+
+    inductor.freezing = True  # weights become constants; as an option of torch.compile it is not seen
+    return torch.compile(generator.requires_grad_(False), dynamic=False)
 
 
 @torch.no_grad()
@@ -118,7 +121,6 @@ def load_generator(config: EasyDict, path: str | Path) -> tuple[Generator, Froze
         generator, its CLIP, and a line that says what was loaded. The network's settings are the checkpoint's own;
         only `clip.source` and `clip.weights`, which say where CLIP's file lies on this machine, are `config`'s.
     """
-    keep_freed_memory()
     content = checkpoint.read(path)
     if released.is_released(content):
         clip = build.clip_of(EasyDict({**config, "clip": {**config.clip, "preprocess": "released"}}))
