@@ -21,7 +21,8 @@ EXAMPLE = """example:
   python benchmarks/speed.py --device cuda --what train --batch 64 --precision bf16 --plain-precision fp16
 
 Random weights of the released size: ViT-B/32, nf 64, 224 pixels. Each round runs both in turn, twice, and times the
-second time; the first round is not counted. Peak memory is that of a process of its own for each (resident memory on a CPU, allocated on a GPU).
+second time; the first round is not counted. Peak memory is that of a process of its own for each (resident memory on a
+CPU, allocated on a GPU).
 data: images a second of one process, from JPEGs of 500 x 375 (plain) and from prepare.sh's resized copies (ours).
 """
 
@@ -89,7 +90,8 @@ def alternate(
     clock, processor = {name: [] for name in work}, {name: [] for name in work}
     for number in range(rounds + 1):
         for name, call in work.items():
-            call()  # not counted either: the caches hold the other one's data
+            allocate_as(name)
+            call()  # not counted either: the other one's data is in the caches, and freed memory has to be mapped anew
             start = time.perf_counter(), time.process_time()
             call()
             if device == "cuda":
@@ -100,11 +102,28 @@ def alternate(
     return clock, processor
 
 
+def allocate_as(name: str) -> None:
+    """Give freed memory back as the C library does by itself (plain), or keep it as our entry points do."""
+    import ctypes
+    import platform
+
+    from ratlip.device import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
+
+    if name == "ours":
+        keep_freed_memory()
+    elif platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 65536)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**26)  # what it has come to by itself after blocks of 32 MiB
+        libc.malloc_trim(0)
+
+
 def alone(words: argparse.Namespace) -> dict[str, float]:
     """GiB held by one of the two at most, and before its first pass."""
     import torch
 
     call = variants(words, words.batch[0], words.only)[words.only]
+    allocate_as(words.only)  # from here on, as our entry points do it
     if words.device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

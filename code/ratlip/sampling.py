@@ -14,7 +14,7 @@ from torch import Tensor
 from ratlip import build, checkpoint, released
 from ratlip import config as configuration
 from ratlip.clip_towers import FrozenClip
-from ratlip.device import autocast
+from ratlip.device import autocast, keep_freed_memory
 from ratlip.errors import UserError
 from ratlip.models.generator import Generator
 
@@ -121,6 +121,7 @@ def load_generator(config: EasyDict, path: str | Path) -> tuple[Generator, Froze
         generator, its CLIP, and a line that says what was loaded. The network's settings are the checkpoint's own;
         only `clip.source` and `clip.weights`, which say where CLIP's file lies on this machine, are `config`'s.
     """
+    keep_freed_memory()
     content = checkpoint.read(path)
     if released.is_released(content):
         clip = build.clip_of(EasyDict({**config, "clip": {**config.clip, "preprocess": "released"}}))

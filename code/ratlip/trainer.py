@@ -227,6 +227,7 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     if config.train.ema:
         ema = build.generator_of(config, clip).to(place).eval().requires_grad_(False)
         ema.load_state_dict(generator.state_dict())
+    devices.keep_freed_memory()  # from here on; what loading took has been given back
     total_steps = len(batches) * config.train.max_epoch
     training = Training(config.train, clip, generator, discriminator, ema, sentences.to(place), precision, total_steps)
     return training, batches, loader, evaluator
