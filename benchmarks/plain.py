@@ -92,6 +92,7 @@ class Conv(nn.Module):
 
 
 def conv(in_channels: int, out_channels: int, ratlip: bool) -> nn.Module:
+    """The 3x3 convolution of either network."""
     return Conv(in_channels, out_channels) if ratlip else nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
@@ -245,6 +246,7 @@ def transformer(clip: nn.Module, patches: Tensor, prompts: Tensor | None = None)
 
 
 def to_map(tokens: Tensor) -> Tensor:
+    """Tokens (50, B, W) -> patch tokens as a map (B, W, 7, 7)."""
     return tokens[1:].permute(1, 2, 0).reshape(-1, WIDTH, 7, 7)
 
 
