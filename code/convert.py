@@ -3,12 +3,8 @@
 import argparse
 from pathlib import Path
 
-import torch
-
-from ratlip import build, checkpoint, config, errors, released
-from ratlip.clip_towers import FrozenClip, clip  # the package, its warnings silenced
+from ratlip import errors
 from ratlip.errors import UserError
-from ratlip.trainer import Training, save
 
 VIT_B32 = (512, 224, 12, 768, 32, 77, 49408, 512, 8, 12)  # arguments of clip.model.CLIP
 
@@ -19,13 +15,21 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         prog="python code/convert.py",
         description="Write a released GALIP or RATLIP checkpoint as one of ours, with fresh optimizers.",
-        epilog="example:\n  python code/convert.py galip_coco.pth saved_models/coco/released/state_epoch_000.pth",
+        epilog="example:\n  source scripts/env.sh\n"
+        "  python code/convert.py galip_coco.pth saved_models/coco/released/state_epoch_000.pth",
     )
     parser.add_argument("source", metavar="IN", help="a released checkpoint")
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write; it must not be there yet")
     words = parser.parse_args()
     if words.target.exists():
         raise UserError(f"{words.target} is there already; it stays as it is")
+
+    import torch  # not before: -h needs no package
+
+    from ratlip import build, checkpoint, config, released
+    from ratlip.clip_towers import FrozenClip, clip  # the package, its warnings silenced
+    from ratlip.trainer import Training, save
+
     content = checkpoint.read(words.source)
     if content.get("format") == checkpoint.FORMAT:
         raise UserError(f"{words.source} is RATLIP's own already: use it as it is")

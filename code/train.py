@@ -31,7 +31,7 @@ def main() -> None:
 
     from ratlip.trainer import train  # takes seconds: a typo in the words above is answered at once
 
-    train(resolved)
+    train(resolved, [word for word in overrides if not word.startswith("train.resume=")])
 
 
 if __name__ == "__main__":

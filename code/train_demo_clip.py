@@ -9,18 +9,17 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 
-import clip
 import numpy as np
 import torch
 import torch.nn.functional as F
-from clip.model import CLIP
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ratlip import device as devices
-from ratlip.clip_towers import transformer_block
+from ratlip.clip_towers import clip, transformer_block  # the package clip, its warnings silenced
 from ratlip.data.demo import SIDE, VALUES, Attributes, captions, render, splits
 
+CLIP = clip.model.CLIP
 ROOT = Path(__file__).resolve().parents[1]
 PATCH, WIDTH, EMBEDDING, CONTEXT = 8, 192, 128, 32
 # The vision blocks whose patch tokens the discriminator reads: one keeps the pixels, one knows what they show.
@@ -285,12 +284,14 @@ def _psnr(mean_square_error: Tensor) -> float:
 def main() -> None:
     """Train, write the weights, measure them and write the figures beside them."""
     defaults = argparse.ArgumentDefaultsHelpFormatter
-    example = "example: python code/train_demo_clip.py --steps 400 --out clip.pt"
+    example = "example: source scripts/env.sh && python code/train_demo_clip.py --steps 400 --out clip.pt"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=defaults, epilog=example)
     parser.add_argument("--out", type=Path, default=ROOT / "assets/demo/clip.pt", help="file to write")
     parser.add_argument("--steps", type=int, default=1500, help=f"training steps of {BATCH} pictures")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error("--steps must be at least 1")
 
     start = time.time()
     model, heads = train(args.steps, args.seed)

@@ -2,7 +2,7 @@
 # Evaluate: bash scripts/test.sh cfg/demo.yml [checkpoint] [key=value ...] [--images DIR] [--against DIR]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-case " $* " in *" -h "* | *" --help "*) exec python3 code/test.py -h ;; esac # help needs no environment
+case " $* " in *" -h "* | *" --help "* | "  ") exec python3 code/test.py "$@" ;; esac # help and usage need no environment
 source scripts/env.sh
 
 gpus=$(ratlip_processes)

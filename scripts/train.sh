@@ -2,7 +2,7 @@
 # Train: bash scripts/train.sh cfg/demo.yml [key=value ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-case " $* " in *" -h "* | *" --help "*) exec python3 code/train.py -h ;; esac # help needs no environment
+case " $* " in *" -h "* | *" --help "* | "  ") exec python3 code/train.py "$@" ;; esac # help and usage need no environment
 source scripts/env.sh
 
 gpus=$(ratlip_processes)

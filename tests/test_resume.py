@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -104,7 +105,8 @@ def test_two_epochs_and_two_more_equal_four(words, whole, tmp_path):
     assert "going on from" in result.stdout and "(epoch 2, step 6)" in result.stdout
     assert_undisturbed(tmp_path, whole)
     # Another time there is nothing left to do.
-    assert run("train.py", *words(tmp_path), "train.resume=auto").returncode == 0
+    again = run("train.py", *words(tmp_path), "train.resume=auto")
+    assert again.returncode == 0 and f"nothing left to train: {EPOCHS} epochs are done" in again.stdout
     assert_undisturbed(tmp_path, whole)
 
 
@@ -134,6 +136,7 @@ def test_signals_save_and_leave(words, whole, tmp_path, number):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert f"stopped by {number.name} and saved" in output
+    assert f"bash scripts/resume.sh {shlex.join(words(tmp_path))}\n" in output  # with the same words
     result = run("train.py", *words(tmp_path), "train.resume=auto")
     assert result.returncode == 0, result.stderr
     assert_same(last_state(tmp_path), last_state(whole))

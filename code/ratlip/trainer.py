@@ -1,6 +1,8 @@
 """Training: the step of generator and discriminator, and the loop around it."""
 
+import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -242,8 +244,12 @@ def some_feature_maps(clip: FrozenClip, images: TrainingImages, place: torch.dev
     return torch.cat([clip.feature_maps(batch.to(place)) for batch in seen])
 
 
-def train(config: EasyDict) -> None:
-    """Train as `config` says, from the start or going on, and leave checkpoints, logs and grids behind."""
+def train(config: EasyDict, words: Sequence[str] = ()) -> None:
+    """Train as `config` says, from the start or going on, and leave checkpoints, logs and grids behind.
+
+    Args:
+        words: key=value words of the command line, to be repeated on resuming.
+    """
     started = time.time()
     t, batches, loader, evaluator = prepare(config)
     run, content = resume.find(config)
@@ -262,6 +268,8 @@ def train(config: EasyDict) -> None:
         f"{config.model.name} on {t.sentences.device} in {t.precision}: {len(loader.dataset)} training images, "
         f"{len(batches)} steps an epoch, epochs: {config.train.max_epoch}; logs in {monitor.folder}"
     )
+    if t.epoch >= config.train.max_epoch:
+        distributed.say(f"nothing left to train: {t.epoch} epochs are done; raise train.max_epoch to go on")
     stop = Stop(config.train.max_hours, started)  # until here a signal ends the program: there is nothing to save
     try:
         if not scores:
@@ -304,7 +312,8 @@ def train(config: EasyDict) -> None:
     except Stopped as cause:
         if scores:  # else nothing has been trained yet
             save(t, config, scores, len(batches), save_folder / f"state_epoch_{t.epoch:03}_step_{t.step:08}.pth")
-        distributed.say(f"\nstopped by {cause} and saved; go on with: bash scripts/resume.sh cfg/{config.name}.yml")
+        again = shlex.join([f"cfg/{config.name}.yml", *words])
+        distributed.say(f"\nstopped by {cause} and saved; go on with: bash scripts/resume.sh {again}")
         draw_course(t, monitor)
     else:
         distributed.say(f"\n{scores_table(scores)}\n")
