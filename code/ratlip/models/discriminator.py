@@ -45,10 +45,10 @@ class Discriminator(nn.Module):
     @torch.no_grad()
     def fit_whitening(self, feature_maps: Tensor) -> None:
         """Take mean, by position, and covariance, over all positions, of real images' feature maps (B, N, W, g, g)."""
-        centred = feature_maps.double() - feature_maps.double().mean(0)
-        self.mean.copy_(feature_maps.double().mean(0))
-        for number, own in enumerate(centred.unbind(1)):
-            tokens = own.movedim(1, 3).flatten(0, 2)  # (B g g, W)
+        for number, own in enumerate(feature_maps.unbind(1)):
+            mean = own.double().mean(0)  # (W, g, g)
+            tokens = (own.double() - mean).movedim(1, 3).flatten(0, 2)  # (B g g, W)
+            self.mean[number] = mean
             variances, directions = torch.linalg.eigh(tokens.T @ tokens / len(tokens))
             scales = (variances + FLOOR * variances.mean()).rsqrt()
             self.whitening[number] = directions * scales @ directions.T
@@ -58,7 +58,7 @@ class Discriminator(nn.Module):
         if not self.whiten:
             return feature_maps
         with torch.autocast(feature_maps.device.type, enabled=False):  # what is faint would drown in rounding
-            return torch.einsum("bnwhv,nwx->bnxhv", feature_maps.float() - self.mean, self.whitening)
+            return torch.einsum("bnwhv,nwx->bnxhv", feature_maps.to(self.mean.dtype) - self.mean, self.whitening)
 
     def features(self, prepared: Tensor) -> Tensor:
         """Prepared feature maps (B, N, W, g, g) -> fused features (B, channels, g, g)."""
