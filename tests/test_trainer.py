@@ -102,9 +102,12 @@ def test_each_update_leaves_the_other_network_alone(make):
     assert any(not torch.equal(value, before[key]) for key, value in g.named_parameters())
 
 
-def test_step_equals_the_losses_written_out(make):
-    """One step against DESIGN's formulas, with every pass made anew and plain Adam."""
-    training, _, loader = make("train.ema=0", "train.augment_shift=0", "train.augment_brightness=0")
+@pytest.mark.parametrize("whiten", ["false", "true"])
+def test_step_equals_the_losses_written_out(make, whiten):
+    """One step against DESIGN's formulas, with every pass made anew and plain Adam. MA-GP's gradients are with respect
+    to what the discriminator reads."""
+    still = ("train.ema=0", "train.augment_shift=0", "train.augment_brightness=0")
+    training, _, loader = make(*still, f"model.d_whiten={whiten}")
     batch = next(iter(loader))
     clip, s = training.clip, training.settings
     sentence, wrong = training.sentences[batch.rows], training.sentences[batch.mismatched_rows]
@@ -112,14 +115,14 @@ def test_step_equals_the_losses_written_out(make):
     rng = np.random.default_rng((s.seed, 0))
     noise = torch.from_numpy(rng.standard_normal((s.batch_size, g.noise_dim), dtype=np.float32))
 
-    real = clip.image(batch.images)[0].requires_grad_()
+    real = d.prepare(clip.image(batch.images)[0]).requires_grad_()
     leaf = sentence.clone().requires_grad_()
-    logits = d(real, leaf)
+    logits = d.logits(d.features(real), leaf)
     gradients = torch.autograd.grad(logits.sum(), (real, leaf), create_graph=True)
     norm = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).norm(dim=1)
     fake = clip.image(g(noise, sentence))[0]
     loss_d = (1 - logits).relu().mean() + 0.5 * (1 + d(fake.detach(), sentence)).relu().mean()
-    loss_d = loss_d + 0.5 * (1 + d(real, wrong)).relu().mean() + 2 * (norm**6).mean()
+    loss_d = loss_d + 0.5 * (1 + d.logits(d.features(real), wrong)).relu().mean() + 2 * (norm**6).mean()
     expected_d = dict(zip(names(d), torch.autograd.grad(loss_d, list(d.parameters())), strict=True))
 
     values = train_step(training, batch)
