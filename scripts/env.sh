@@ -47,14 +47,15 @@ ratlip_fail() {
 
 # Make or complete .venv. Holding .env.lock keeps two scripts that start together from installing twice.
 ratlip_install() {
-    local base candidate stamp=$ratlip_root/.venv/requirements.sha256 sum
+    local base candidate size stamp=$ratlip_root/.venv/requirements.sha256 sum
     sum=$(cat "$ratlip_root"/requirements*.txt "$ratlip_requirements" | cksum)
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$sum" ] && return 0
     for candidate in python3 python3.13 python3.12 python3.11 python3.10 python; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then base=$candidate; break; fi
     done
     [ -n "${base:-}" ] || { ratlip_fail "no Python 3.10 or later found; install one and run this again"; return 2; }
-    echo "Installing $(basename "$ratlip_requirements") into .venv: once, some minutes, about 6 GB on disk." >&2
+    [ -d "$ratlip_root/.venv" ] || size=", some minutes, about 6 GB on disk"
+    echo "Installing $(basename "$ratlip_requirements") into .venv: once${size:-}." >&2
     # A .venv without its stamp was interrupted: pip completes what is there.
     [ -x "$ratlip_root/.venv/bin/python" ] && "$ratlip_root/.venv/bin/python" -m pip --version >/dev/null 2>&1 ||
         "$base" -m venv --clear "$ratlip_root/.venv" ||

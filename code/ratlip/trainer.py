@@ -339,10 +339,10 @@ def diverged(t: Training, save_folder: Path) -> UserError:
 
 
 def sample_grid(t: Training, evaluator: Evaluator) -> Image.Image:
-    """The same captions and noises each time, a column and a row each: captions of test images, spread over the
-    split; those images; what the averaged generator draws for them; and what the present one does."""
+    """The same captions and noises each time, a column and a row each: captions of test images, drawn at
+    random; those images; what the averaged generator draws for them; and what the present one does."""
     columns, noises = min(GRID[0], len(evaluator.items)), range(GRID[1])
-    numbers = [column * len(evaluator.items) // columns for column in range(columns)]
+    numbers = np.random.default_rng(0).choice(len(evaluator.items), columns, replace=False).tolist()
     rows = evaluator.table.starts[numbers]  # each image's first caption
     test_images = TestImages(evaluator.items, t.generator.sizes[-1])
     blocks, titles = [torch.stack([test_images[number][0] for number in numbers])], ["real"]
