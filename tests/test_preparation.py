@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -276,7 +277,8 @@ def test_ctrl_c_loses_nothing(tmp_path, words):
     journal = root / "cache/images_train.jsonl"
     for _ in range(5):  # Python drops a KeyboardInterrupt raised in the midst of a __del__, and goes on to the end
         shutil.rmtree(root / "cache", ignore_errors=True)
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # jobs in the background ignore it
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, **heard)
         while not journal.exists() or journal.stat().st_size < 2000:
             assert process.poll() is None
             time.sleep(0.002)
