@@ -36,8 +36,6 @@ def main() -> None:
 
     overrides = [word for word in arguments.words if re.match(r"[a-z_]+(\.[a-z_]+)+=", word)]
     captions = [word for word in arguments.words if word not in overrides]
-    if not Path(arguments.config).suffix:
-        raise UserError(f"the first word is a configuration such as cfg/demo.yml, not {arguments.config!r}")
     if not captions:
         raise UserError("no caption given; add one in quotes after the configuration")
     if arguments.n < 1 or arguments.seed < 0:
