@@ -73,6 +73,21 @@ def assert_refused(result: subprocess.CompletedProcess, *parts: str) -> None:
         assert part in lines[0], (part, lines[0])
 
 
+def watch_gradients(training) -> dict[str, dict[str, torch.Tensor]]:
+    """The gradients of a Training's "g" and "d", by parameter, that its latest step gave to the optimisers."""
+    found = {}
+    for key, network, optimizer in (
+        ("g", training.generator, training.optimizer_g),
+        ("d", training.discriminator, training.optimizer_d),
+    ):
+
+        def note(*_, key=key, network=network):
+            found[key] = {name: p.grad.clone() for name, p in network.named_parameters()}
+
+        optimizer.register_step_pre_hook(note)
+    return found
+
+
 def random_inception() -> dict[str, torch.Tensor]:
     """Seeded weights of torch-fidelity's Inception, of a scale that keeps pictures apart up to its last features."""
     with torch.random.fork_rng(devices=[]):

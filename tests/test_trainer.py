@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_RUN, assert_refused, run
+from helpers import TINY_RUN, assert_refused, run, watch_gradients
 from PIL import Image
 
 from ratlip import checkpoint, config
@@ -125,19 +125,18 @@ def test_step_equals_the_losses_written_out(make, whiten):
     loss_d = loss_d + 0.5 * (1 + d.logits(d.features(real), wrong)).relu().mean() + 2 * (norm**6).mean()
     expected_d = dict(zip(names(d), torch.autograd.grad(loss_d, list(d.parameters())), strict=True))
 
+    found = watch_gradients(training)
     values = train_step(training, batch)
-    found_d = {name: p.grad for name, p in training.discriminator.named_parameters()}
     for name, expected in expected_d.items():
-        assert torch.allclose(found_d[name], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()) + 1e-9), name
+        assert torch.allclose(found["d"][name], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()) + 1e-9), name
 
     # The generator then faces the updated discriminator.
     maps, embedding = clip.image(g(noise, sentence))
     similarity = torch.nn.functional.cosine_similarity(embedding, sentence).mean()
     loss_g = -training.discriminator(maps, sentence).mean() - s.sim_w * similarity
     expected_g = dict(zip(names(g), torch.autograd.grad(loss_g, list(g.parameters()), allow_unused=True), strict=True))
-    for name, p in training.generator.named_parameters():
-        expected = expected_g[name]
-        assert torch.allclose(p.grad, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()) + 1e-9), name
+    for name, expected in expected_g.items():
+        assert torch.allclose(found["g"][name], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()) + 1e-9), name
     assert float(values["loss_g/clip_similarity"]) == pytest.approx(float(similarity), abs=1e-5)
 
 
@@ -211,13 +210,13 @@ def test_low_precision_gradients_point_the_same_way(make, precision, name, least
         still = ("train.lr_d=0", "train.lr_g=0", "train.batch_size=12", f"train.device={device}")
         training, _, loader = make(f"train.precision={each}", f"model.name={name}", "model.d_start=1.0", *still)
         batch = Batch(*(tensor.to(device) for tensor in next(iter(loader))))
+        found = watch_gradients(training)
         values = train_step(training, batch)
         while training.bad_in_a_row:  # fp16 begins with a scale that is too large, and halves it
             assert precision == "fp16" and training.bad_in_a_row < 20
             training.step = 0  # the same noise
             values = train_step(training, batch)
-        networks = (training.discriminator, training.generator)
-        gradients[each] = [torch.cat([p.grad.flatten() for p in net.parameters()]) for net in networks]
+        gradients[each] = [torch.cat([g.flatten() for g in found[network].values()]) for network in "dg"]
         terms[each] = {key: float(value) for key, value in values.items() if key.startswith("loss")}
     cosines = [
         float(torch.nn.functional.cosine_similarity(full, low, dim=0))

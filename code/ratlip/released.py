@@ -165,7 +165,7 @@ def _generator_key(key: str, galip: bool) -> str:
         recurrent = not galip and block.startswith("mapping.")
         return f"{block}.fc_{kind}.{layer if recurrent else named[layer]}.{leaf}"
     if lstm := re.fullmatch(r"conditioner\.lstms\.(\d+)\.(\w+)", key):
-        return f"{_affine_prefix(int(lstm[1]))}.rnn.{lstm[2]}"
+        return f"{_affine_prefix(int(lstm[1]))}.rnn.{lstm[2]}_l0"
     for pattern, theirs in (
         (r"^mapper_blocks\.", "mapping.FBlocks."),
         (r"^blocks\.", "GBlocks."),

@@ -99,19 +99,19 @@ def train_step(t: Training, batch: Batch) -> dict[str, Tensor]:
         penalty = losses.matching_aware_gradient_penalty(real_logits, (real_maps, sentences), scaler.get_scale())
         loss_d = d_real + (d_fake + d_mismatched) / 2 + penalty
         similarity = losses.clip_similarity(fake_embeddings, sentences.detach())
-    t.optimizer_d.zero_grad()
     scaler.scale(loss_d).backward()
     d_norm = finish_gradients(t, discriminator, t.optimizer_d)
     good = finite(loss_d, similarity, d_norm)
     g_adversarial = g_norm = torch.full_like(d_norm, torch.nan)
     if good:
         scaler.step(t.optimizer_d)
+    t.optimizer_d.zero_grad()  # at once, for the memory
 
-        # Generator
+    # Generator
+    if good:
         discriminator.requires_grad_(False)
         with devices.autocast(noise.device, t.precision):
             g_adversarial = -discriminator.logits(discriminator.features(fake_maps), sentences.detach()).mean()
-        t.optimizer_g.zero_grad()
         scaler.scale(g_adversarial - t.settings.sim_w * similarity).backward()
         discriminator.requires_grad_(True)
         g_norm = finish_gradients(t, generator, t.optimizer_g)
@@ -123,6 +123,7 @@ def train_step(t: Training, batch: Batch) -> dict[str, Tensor]:
     else:
         for buffer, before in zip(generator.buffers(), batch_norm, strict=True):
             buffer.copy_(before)
+    t.optimizer_g.zero_grad()
     scaler.update()
 
     t.step += 1

@@ -19,7 +19,7 @@ def conditioner(state: str, recurrent: list[bool]) -> Conditioner:
 
 
 def lstm_step(lstm, x, h, c):
-    gates = x @ lstm.weight_ih_l0.T + lstm.bias_ih_l0 + h @ lstm.weight_hh_l0.T + lstm.bias_hh_l0
+    gates = x @ lstm.weight_ih.T + lstm.bias_ih + h @ lstm.weight_hh.T + lstm.bias_hh
     i, f, g, o = gates.chunk(4, dim=1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c
@@ -44,6 +44,14 @@ def test_unroll(state):
     for (gamma, beta), affine, h in zip(made(noise, sentence), made.affines, expected, strict=True):
         assert relative_error(gamma[:, :, 0, 0], affine.gamma(h)) < 1e-12
         assert relative_error(beta[:, :, 0, 0], affine.beta(h)) < 1e-12
+
+
+def test_loads_what_was_saved_of_whole_lstms():
+    for state in ("shared", "independent"):
+        made = conditioner(state, [True] * 3)
+        expected = {key: value + 1 for key, value in made.state_dict().items()}
+        made.load_state_dict({f"{key}_l0" if "lstms." in key else key: value for key, value in expected.items()})
+        assert all(torch.equal(value, expected[key]) for key, value in made.state_dict().items())
 
 
 @pytest.mark.parametrize("recurrent", [[True] * 3, [False] * 3])

@@ -58,7 +58,9 @@ class Conditioner(nn.Module):
                 nn.Linear(noise_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2 * hidden_dim)
             )
         lstms = {"shared": min(steps, 1), "independent": steps}[state]
-        self.lstms = nn.ModuleList(nn.LSTM(condition_dim, hidden_dim) for _ in range(lstms))
+        # Cells, since torch.compile does not see through nn.LSTM.
+        self.lstms = nn.ModuleList(nn.LSTMCell(condition_dim, hidden_dim) for _ in range(lstms))
+        self.register_load_state_dict_pre_hook(_with_names_of_cells)
         self.affines = nn.ModuleList(
             Affine(hidden_dim if r else condition_dim, c) for c, r in zip(channels, recurrent, strict=True)
         )
@@ -73,12 +75,20 @@ class Conditioner(nn.Module):
             for affine, recurrent in zip(self.affines, self.recurrent, strict=True)
         ]
 
-    def _unroll(self, noise: Tensor, condition: Tensor) -> Sequence[Tensor]:
+    def _unroll(self, noise: Tensor, condition: Tensor) -> list[Tensor]:
         """h_t (B, H) of each recurrent layer."""
         if not self.lstms:
             return []
         if self.state == "independent":
-            return [lstm(condition[None])[0][0] for lstm in self.lstms]
-        h_0, c_0 = self.start(noise)[None].chunk(2, dim=-1)  # (1, B, H) each
-        steps = condition.expand(sum(self.recurrent), -1, -1)  # (T, B, Z + E)
-        return self.lstms[0](steps, (h_0.contiguous(), c_0.contiguous()))[0].unbind(0)
+            return [lstm(condition)[0] for lstm in self.lstms]
+        hidden, state = [], self.start(noise).chunk(2, dim=1)  # h_0, c_0 (B, H)
+        for _ in range(sum(self.recurrent)):
+            state = self.lstms[0](condition, state)
+            hidden.append(state[0])
+        return hidden
+
+
+def _with_names_of_cells(module: Conditioner, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    """Rename, in place, the weights of older checkpoints of ours, whose LSTMs were nn.LSTM."""
+    for key in [key for key in state_dict if key.startswith(f"{prefix}lstms.") and key.endswith("_l0")]:
+        state_dict[key.removesuffix("_l0")] = state_dict.pop(key)
