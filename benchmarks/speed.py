@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=precisions, help="of ours")
     parser.add_argument("--plain-precision", default="fp32", choices=precisions)
     parser.add_argument("--model", default="ratlip", choices=("ratlip", "galip"))
-    parser.add_argument("--compile", action="store_true", help="torch.compile our generator (sample and eval)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile ours")
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: as many as PyTorch takes")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument("--only", choices=("plain", "ours"), help="one of the two, without ratios; prints JSON")
@@ -204,13 +204,14 @@ def ours_variant(words, clip, generator, discriminator, noise, sentences, images
     from ratlip.sampling import compiled, generate
     from ratlip.trainer import Training, train_step
 
-    if words.compile:
+    if words.compile and words.what != "train":
         generator = compiled(generator)
     if words.what == "sample":
         return lambda: generate(generator, noise, sentences, words.precision)
     if words.what == "eval":
         return torch.no_grad()(lambda: clip.image(generate(generator, noise, sentences, words.precision))[1])
     settings = config.EasyDict(config.unflatten(config.default_settings())).train
+    settings.compile = words.compile
     settings.lr_g = settings.lr_d = 0.0  # that no round differs from another
     training = Training(settings, clip, generator.train(), discriminator, None, sentences, words.precision, 10**9)
     rows = torch.arange(len(noise), device=noise.device)

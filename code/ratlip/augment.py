@@ -8,8 +8,11 @@ from torch import Tensor
 
 
 def augment(images: Tensor, draws: Tensor) -> Tensor:
-    """Images (B, 3, H, W), shifted by the first two of draws (B, 3), as `shift` says, and brighter by the third."""
-    return shift(images, draws[:, :2]) + draws[:, 2, None, None, None]
+    """Images (B, 3, H, W), shifted by the first two of draws (B, 3), as `shift` says, and brighter by the third.
+
+    Draws are numbers on the CPU, wherever the images are, so that no GPU is waited for.
+    """
+    return shift(images, draws[:, :2]) + draws[:, 2, None, None, None].to(images.device, non_blocking=True)
 
 
 def shift(images: Tensor, shares: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
 """Which device and which precision a run uses."""
 
 import ctypes
+import os
 import platform
+import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -33,6 +36,18 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Context in which matrix products and convolutions run in the given precision; weights stay float32."""
     low = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, low, enabled=precision != "fp32")
+
+
+def compiled(function: Callable, **options: object) -> Callable:
+    """`function` or module, compiled by torch.compile with its `options` for each shape that it meets: the same results
+    but for rounding.
+
+    Raises:
+        UserError: no C++ compiler, without which PyTorch cannot.
+    """
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+        raise UserError("compiling needs a C++ compiler (on Debian: apt-get install g++), or set CXX to one")
+    return torch.compile(function, dynamic=False, **options)
 
 
 def keep_freed_memory() -> None:

@@ -1,7 +1,5 @@
 """From captions to images: finding a checkpoint, loading its generator, seeded noise."""
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +11,8 @@ from torch import Tensor
 
 from ratlip import build, checkpoint, released
 from ratlip import config as configuration
+from ratlip import device as devices
 from ratlip.clip_towers import FrozenClip
-from ratlip.device import autocast, keep_freed_memory
 from ratlip.errors import UserError
 from ratlip.models.generator import Generator
 
@@ -65,24 +63,17 @@ def draw(generator: Generator, sentences: Tensor, noise: Tensor, precision: str 
 @torch.no_grad()
 def generate(generator: Generator, noise: Tensor, sentences: Tensor, precision: str = "fp32") -> Tensor:
     """noise (B, Z), sentence embeddings (B, E), both on the generator's device -> images (B, 3, S, S) in [-1, 1]."""
-    with autocast(noise.device, precision):
+    with devices.autocast(noise.device, precision):
         return generator(noise, sentences).float().clamp(-1, 1)
 
 
 def compiled(generator: Generator) -> Generator:
-    """The generator, on its device, compiled by torch.compile: the same images but for rounding. The first call for
-    each batch size takes a minute or more, later ones are faster, most of all for single images on a CPU.
-
-    Raises:
-        UserError: no C++ compiler, without which PyTorch cannot compile for a CPU.
-    """
-    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
-    if generator.fc_code.weight.device.type == "cpu" and not any(map(shutil.which, compilers)):
-        raise UserError("compiling needs a C++ compiler (on Debian: apt-get install g++), or set CXX to one")
+    """The generator, on its device, compiled by `ratlip.device.compiled`. The first call for each batch size takes a
+    minute or more, later ones are faster, most of all for single images on a CPU."""
     from torch._inductor import config as inductor  # takes seconds
 
     inductor.freezing = True  # weights become constants; as an option of torch.compile it is not seen
-    return torch.compile(generator.requires_grad_(False), dynamic=False)
+    return devices.compiled(generator.requires_grad_(False))
 
 
 @torch.no_grad()
@@ -121,7 +112,7 @@ def load_generator(config: EasyDict, path: str | Path) -> tuple[Generator, Froze
         generator, its CLIP, and a line that says what was loaded. The network's settings are the checkpoint's own;
         only `clip.source` and `clip.weights`, which say where CLIP's file lies on this machine, are `config`'s.
     """
-    keep_freed_memory()
+    devices.keep_freed_memory()
     content = checkpoint.read(path)
     if released.is_released(content):
         clip = build.clip_of(EasyDict({**config, "clip": {**config.clip, "preprocess": "released"}}))

@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,6 +52,9 @@ class Training:
     optimizer_g: Adam = field(init=False)
     optimizer_d: Adam = field(init=False)
     scaler: GradScaler = field(init=False)  # of the losses, in fp16 only
+    draw: Callable = field(init=False)  # what a step calls of the generator and of CLIP, compiled or not
+    see: Callable = field(init=False)
+    feature_maps: Callable = field(init=False)
     step: int = 0
     epoch: int = 0  # finished epochs
     bad_steps: int = 0  # steps left out because something was not finite
@@ -61,7 +64,15 @@ class Training:
         s, betas = self.settings, (self.settings.beta1, self.settings.beta2)
         self.optimizer_g = Adam(self.generator.parameters(), s.lr_g, betas, fused=True)
         self.optimizer_d = Adam(self.discriminator.parameters(), s.lr_d, betas, fused=True)
-        self.scaler = GradScaler(self.sentences.device.type, enabled=self.precision == "fp16")
+        place = self.sentences.device.type
+        self.scaler = GradScaler(place, enabled=self.precision == "fp16")
+        # Not the discriminator, which MA-GP differentiates twice; torch.compile cannot.
+        self.draw, self.see, self.feature_maps = self.generator, self.clip.image, self.clip.feature_maps
+        if s.compile:
+            mode = "reduce-overhead" if place == "cuda" else None  # with CUDA graphs
+            self.draw, self.see, self.feature_maps = (
+                devices.compiled(function, mode=mode) for function in (self.draw, self.see, self.feature_maps)
+            )
 
 
 def train_step(t: Training, batch: Batch) -> dict[str, Tensor]:
@@ -74,7 +85,9 @@ def train_step(t: Training, batch: Batch) -> dict[str, Tensor]:
     Returns:
         loss terms, gradient norms and learning rates, by TensorBoard tag; not yet read from the device.
     """
-    clip, generator, discriminator, scaler = t.clip, t.generator, t.discriminator, t.scaler
+    generator, discriminator, scaler = t.generator, t.discriminator, t.scaler
+    if t.settings.compile:
+        torch.compiler.cudagraph_mark_step_begin()  # what CUDA graphs gave in the step before may be overwritten
     sentences = t.sentences[batch.rows].requires_grad_()  # (B, E); MA-GP differentiates with respect to them
     noise, real_draws, fake_draws = randomness(t, len(batch.images))
     set_learning_rates(t)
@@ -83,9 +96,9 @@ def train_step(t: Training, batch: Batch) -> dict[str, Tensor]:
     with devices.autocast(noise.device, t.precision):
         # What CLIP sees. No graph goes through it for real images: MA-GP starts at its feature maps.
         with torch.no_grad():
-            real_maps = discriminator.prepare(clip.feature_maps(augment(batch.images, real_draws)))  # (B, N, W, g, g)
+            real_maps = discriminator.prepare(t.feature_maps(augment(batch.images, real_draws)))  # (B, N, W, g, g)
         real_maps.requires_grad_()
-        fake_maps, fake_embeddings = clip.image(augment(generator(noise, sentences.detach()), fake_draws))
+        fake_maps, fake_embeddings = t.see(augment(t.draw(noise, sentences.detach()), fake_draws))
         fake_maps = discriminator.prepare(fake_maps)
 
         # Discriminator
@@ -158,7 +171,7 @@ def finite(*values: Tensor) -> bool:
 
 
 def randomness(t: Training, share: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise (B, Z) and what `augment` does to real and generated images (B, 3) for this process's share of a step.
+    """Noise (B, Z), and on the CPU what `augment` does to real and generated images (B, 3), for this process's share.
 
     They depend on (seed, step) alone, so that resuming, the device and the number of processes do not change them.
     """
@@ -168,8 +181,8 @@ def randomness(t: Training, share: int) -> tuple[Tensor, Tensor, Tensor]:
     shifts = rng.uniform(-1, 1, (2, share * world_size, 2)) * t.settings.augment_shift
     brighter = rng.uniform(-1, 1, (2, share * world_size, 1)) * t.settings.augment_brightness
     draws = np.concatenate([shifts, brighter], axis=2, dtype=np.float32)
-    place = t.sentences.device
-    return tuple(torch.from_numpy(a[rank::world_size]).to(place) for a in (noise, *draws))
+    noise, *draws = (torch.from_numpy(a[rank::world_size]) for a in (noise, *draws))
+    return noise.to(t.sentences.device), *draws
 
 
 def set_learning_rates(t: Training) -> None:
