@@ -14,7 +14,7 @@ from ratlip.models.moments import moments
 from ratlip.models.rat import Affines
 
 AFFINES_PER_BLOCK = 4  # two fuses, two affine layers each
-LARGE = 2**20  # elements of one sample's map (4 MiB in float32), from which on by_sample treats it as large
+LARGE = 2**20  # elements of one sample's map (4 MiB in float32), from which on it is large
 # As a matrix, nearest doubling followed by a kernel (w0, w1, w2): what a transposed convolution of stride 2 reads.
 DOUBLING = ((0.0, 0.0, 1.0, 1.0), (0.0, 1.0, 1.0, 0.0), (1.0, 1.0, 0.0, 0.0))
 
@@ -26,25 +26,24 @@ def fuse(x: Tensor, *affines: Tensor) -> Tensor:
     return x
 
 
-def by_sample(function: Callable[..., Tensor], tensors: Sequence[Tensor], elements: int) -> Tensor:
-    """function(*tensors), which treats each row of the tensors (B, ...) by itself, with less memory where maps of
-    `elements` a sample are large.
+def pieces(x: Sequence[Tensor], elements: int) -> Sequence[Tensor]:
+    """A batch of maps, as the pieces (b, C, H, W) that it has been cut into -> as those for work on maps of `elements`
+    a sample.
 
-    What the function keeps for the backward pass is then computed again instead, but for the last convolution in it,
-    whose result nothing needs. On a CPU samples are taken one by one: a large map just fits into the processor's cache,
-    and a batch of them is so large that the system gives and takes back its memory for every single operation.
+    On a CPU large maps are taken sample by sample: one just fits into the processor's cache, and a batch of them is so
+    large that the system gives and takes back its memory for every single operation.
     """
-    if elements < LARGE:
+    if elements < LARGE or x[0].device.type != "cpu":
+        return x
+    return [sample for piece in x for sample in piece.split(1)]
+
+
+def recomputed(function: Callable[..., Tensor], tensors: Sequence[Tensor], elements: int) -> Tensor:
+    """function(*tensors). Where maps of `elements` a sample are large, what it keeps for the backward pass is computed
+    again there instead, but for the last convolution in it, whose result nothing needs."""
+    if elements < LARGE or not torch.is_grad_enabled():
         return function(*tensors)
-
-    def again(*parts: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return function(*parts)
-        return checkpoint(function, *parts, use_reentrant=False, preserve_rng_state=False)
-
-    if tensors[0].device.type != "cpu":
-        return again(*tensors)
-    return torch.cat([again(*parts) for parts in zip(*(tensor.split(1) for tensor in tensors), strict=True)])
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -102,21 +101,25 @@ class Conv(nn.Module):
         self.attention = ShuffleAttention(out_channels) if style == "ratlip" and attention else None
         self._kept = (None, None)  # what _filters gave, and for which weights
 
-    def forward(self, before: Callable[..., Tensor], tensors: Sequence[Tensor], size: int) -> list[Tensor]:
-        """What `before` makes of `tensors`, (B, C_in, h, w), resized to `size` by nearest neighbour and convolved ->
-        (B, C_out, size, size), and what else `finish` needs, all with B rows."""
-        kernel, bias = self._filters(size == 2 * tensors[0].shape[-1])
+    def forward(
+        self, before: Callable[..., Tensor], batch: Sequence[Sequence[Tensor]], size: int
+    ) -> list[list[Tensor]]:
+        """What `before` makes of the tensors of each piece of a batch, (b, C_in, h, w), resized to `size` by nearest
+        neighbour and convolved -> for each piece (b, C_out, size, size) and what else `finish` needs."""
+        kernel, bias = self._filters(size == 2 * batch[0][0].shape[-1])
 
-        def work(*parts: Tensor) -> Tensor:
-            return resize_and_convolve(before(*parts), kernel, bias, size)
+        def work(*tensors: Tensor) -> Tensor:
+            return resize_and_convolve(before(*tensors), kernel, bias, size)
 
-        x = by_sample(work, tensors, self.conv.out_channels * size**2)
+        elements = self.conv.out_channels * size**2
+        x = [recomputed(work, tensors, elements) for tensors in batch]
         if self.bn is None or not self.training:
-            return [x]
+            return [[piece] for piece in x]
         shuffled = self.attention is not None
-        means, variances = (unshuffle(v.T).T if shuffled else v for v in moments(x))
-        norm = (shuffle(v) if shuffled else v for v in self.bn(means, variances, size**2))
-        return [x, *(v.to(x.dtype).expand(len(x), -1)[:, :, None, None] for v in norm)]
+        statistics = (torch.cat(v) for v in zip(*map(moments, x), strict=True))  # means, variances (B, C_out)
+        norm = self.bn(*(unshuffle(v.T).T if shuffled else v for v in statistics), size**2)
+        norm = [(shuffle(v) if shuffled else v).to(x[0].dtype)[:, None, None] for v in norm]
+        return [[piece, *norm] for piece in x]
 
     def _filters(self, doubling: bool) -> tuple[Tensor, Tensor | None]:
         """What `_prepare` gives. For sampling on a CPU it is kept until the weights change: making it takes a sixth of
@@ -192,7 +195,7 @@ class MapperBlock(nn.Module):
     def forward(self, x: Tensor, affines: Affines) -> Tensor:
         """x (B, C, g, g) -> (B, C, g, g)."""
         first, second = flat(affines[:2]), flat(affines[2:])
-        residual = self.conv2(fuse, [self.conv1(x), *first], x.shape[-1])
+        (residual,) = self.conv2(fuse, [[self.conv1(x), *first]], x.shape[-1])
         return x + fuse(self.conv2.finish(*residual), *second)
 
 
@@ -209,18 +212,24 @@ class GeneratorBlock(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         self.affine_channels = [in_channels] * 2 + [out_channels] * 2
 
-    def forward(self, x: Tensor, size: int, affines: Affines) -> Tensor:
-        """x (B, C_in, h, h) -> (B, C_out, size, size)."""
-        first, second = flat(affines[:2]), flat(affines[2:])
+    def forward(self, x: Sequence[Tensor], size: int, affines: Affines) -> list[Tensor]:
+        """Pieces of a batch, (b, C_in, h, h) -> (b, C_out, size, size), in as many pieces or more."""
+        elements = self.conv1.conv.out_channels * size**2
+        x = pieces(x, elements)
+        first, second = (  # of each piece: gamma, beta, gamma, beta
+            list(zip(*(tensor.chunk(len(x)) for tensor in flat(pairs)), strict=True))
+            for pairs in (affines[:2], affines[2:])
+        )
 
         def between(*tensors: Tensor) -> Tensor:
-            return fuse(self.conv1.finish(*tensors[: -len(second)]), *tensors[-len(second) :])
+            return fuse(self.conv1.finish(*tensors[:-4]), *tensors[-4:])
 
         def add(shortcut: Tensor, *residual: Tensor) -> Tensor:
             return self.conv2.finish(*residual) + resize(shortcut, size)
 
-        residual = self.conv2(between, [*self.conv1(fuse, [x, *first], size), *second], size)
-        return by_sample(add, [self.shortcut(x), *residual], residual[0][0].numel())
+        residual = self.conv1(fuse, [[piece, *own] for piece, own in zip(x, first, strict=True)], size)
+        residual = self.conv2(between, [[*piece, *own] for piece, own in zip(residual, second, strict=True)], size)
+        return [recomputed(add, [self.shortcut(piece), *own], elements) for piece, own in zip(x, residual, strict=True)]
 
 
 def flat(affines: Affines) -> list[Tensor]:

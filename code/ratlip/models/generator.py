@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ratlip.clip_towers import FrozenClip
-from ratlip.models.blocks import AFFINES_PER_BLOCK, GeneratorBlock, MapperBlock, by_sample
+from ratlip.models.blocks import AFFINES_PER_BLOCK, GeneratorBlock, MapperBlock, recomputed
 from ratlip.models.rat import Conditioner
 
 MAPPER_CHANNELS = 64
@@ -81,11 +81,13 @@ class Generator(nn.Module):
             x = block(x, own)
         features = self.conv_fuse(x)  # (B, W, g, g)
         prompts = self.fc_prompt(torch.cat([noise, sentence], dim=1)).unflatten(1, (-1, self.clip.width))
-        x = self.conv(features + 0.1 * self.clip.mapper(features, prompts))  # (B, 8 nf, g, g)
+        x = [self.conv(features + 0.1 * self.clip.mapper(features, prompts))]  # (B, 8 nf, g, g), in one piece
 
         for block, size, own in zip(self.blocks, self.sizes, affines[MAPPER_BLOCKS:], strict=True):
             x = block(x, size, own)
-        return by_sample(lambda x: self.to_rgb(F.leaky_relu(x, 0.2)), (x,), x[0].numel())
+        return torch.cat(
+            [recomputed(lambda x: self.to_rgb(F.leaky_relu(x, 0.2)), [piece], piece[0].numel()) for piece in x]
+        )
 
 
 def block_sizes(imsize: int) -> list[int]:

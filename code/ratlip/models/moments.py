@@ -16,9 +16,7 @@ class Moments(torch.autograd.Function):
     def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(x.dtype, torch.float32)
         mean = x.mean((2, 3), dtype=exact)
-        # Sample by sample: what is left of a large map after the mean is taken off stays in a CPU's cache.
-        parts = [(x, mean)] if x.device.type != "cpu" else zip(x.split(1), mean.split(1), strict=True)
-        variance = torch.cat([(part - own[:, :, None, None]).square_().mean((2, 3)) for part, own in parts])
+        variance = (x - mean[:, :, None, None]).square_().mean((2, 3))
         ctx.save_for_backward(x, mean)
         return mean, variance
 
