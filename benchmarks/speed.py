@@ -1,6 +1,8 @@
-"""How much faster ours is than the plain rendering of the same networks, and how much memory it saves."""
+"""How much faster ours is than the plain rendering of the same networks, or than without one of its savings, and how
+much memory that saves."""
 
 import argparse
+import functools
 import json
 import re
 import statistics
@@ -18,6 +20,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "code")]
 EXAMPLE = """example:
   source scripts/env.sh && python benchmarks/speed.py --what sample --batch 1 8 --rounds 5
   python benchmarks/speed.py --what train --batch 4
+  python benchmarks/speed.py --what train --batch 4 --savings
   python benchmarks/speed.py --device cuda --what train --batch 64 --precision bf16 --plain-precision fp16
 
 Random weights of the released size: ViT-B/32, nf 64, 224 pixels. Each round runs both in turn, twice, and times the
@@ -43,42 +46,61 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile ours")
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: as many as PyTorch takes")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
-    parser.add_argument("--only", choices=("plain", "ours"), help="one of the two, without ratios; prints JSON")
+    parser.add_argument(
+        "--savings", action="store_true", help="against ours without each of its savings in turn, not against plain"
+    )
+    parser.add_argument("--only", metavar="plain|ours|SAVING", help="peak memory of one, as JSON")
     words = parser.parse_args()
+    if words.savings and words.what not in ("sample", "train"):
+        parser.error("--savings are those of sample and train")
 
     import torch
+    from savings import SAVINGS
 
     if words.threads:
         torch.set_num_threads(words.threads)
+    if words.only not in (None, "plain", "ours", *SAVINGS):
+        parser.error(f"--only takes plain, ours or one of {', '.join(SAVINGS)}")
     if words.only:
         print(json.dumps(alone(words)))
         return
     where = torch.cuda.get_device_name() if words.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    rivals = ["plain"]
+    if words.savings:
+        rivals = [name for name, (where_it_counts, _) in SAVINGS.items() if words.what in where_it_counts]
+    other = "ours without what is named" if words.savings else f"plain in {words.plain_precision}"
     print(f"{words.what}, {words.model}, {where}, PyTorch {torch.__version__}; "
-          f"plain in {words.plain_precision}, ours in {words.precision}; medians of {words.rounds} rounds")  # fmt: skip
+          f"{other}, ours in {words.precision}; medians of {words.rounds} rounds")  # fmt: skip
     columns = ("seconds", "images/s", "CPU s", "peak GiB", "at start")
-    print(f"{'batch':>5}  {'':5}" + "".join(f"  {column:>8}" for column in columns))
+    print(f"{'batch':>5}  {'':15}" + "".join(f"  {column:>8}" for column in columns))
     for batch in words.batch:
-        seconds, processor = alternate(variants(words, batch), words.rounds, words.device)
-        count = 256 if words.what == "data" else batch
-        memory = {}
-        if not words.no_memory and words.what != "data":
-            memory = {name: alone_in_a_process(name, batch) for name in seconds}
-        for name in seconds:
-            median = statistics.median(seconds[name])
-            peak = [f"{memory[name][key]:.2f}" if memory else "" for key in ("peak", "before")]
-            print(f"{batch:>5}  {name:5}  {median:>8.3f}  {count / median:>8.2f}  "
-                  f"{statistics.median(processor[name]):>7.2f}  {peak[0]:>8}  {peak[1]:>8}")  # fmt: skip
-        ratios = [ratio(seconds), ratio(processor)]
-        saved = f", memory 1/{memory['plain']['peak'] / memory['ours']['peak']:.2f}" if memory else ""
-        text = f"{ratios[0]:.2f}x by the clock, {ratios[1]:.2f}x of processor time{saved}"
-        print(f"{batch:>5}  ratio  {text}", flush=True)
+        for rival in rivals:
+            compare(words, batch, rival)
 
 
-def ratio(seconds: dict[str, list[float]]) -> float:
+def compare(words: argparse.Namespace, batch: int, rival: str) -> None:
+    """Measure and print `rival`, ours and their ratios."""
+    calls = data_calls() if words.what == "data" else {name: work(words, batch, name) for name in (rival, "ours")}
+    seconds, processor = alternate(calls, words.rounds, words.device)
+    del calls
+    count = 256 if words.what == "data" else batch
+    memory = {}
+    if not words.no_memory and words.what != "data":
+        memory = {name: alone_in_a_process(name, batch) for name in seconds}
+    for name in seconds:
+        median = statistics.median(seconds[name])
+        peak = [f"{memory[name][key]:.2f}" if memory else "" for key in ("peak", "before")]
+        print(f"{batch:>5}  {name:15}  {median:>8.3f}  {count / median:>8.2f}  "
+              f"{statistics.median(processor[name]):>8.2f}  {peak[0]:>8}  {peak[1]:>8}")  # fmt: skip
+    ratios = [ratio(values[rival], values["ours"]) for values in (seconds, processor)]
+    saved = f", memory 1/{memory[rival]['peak'] / memory['ours']['peak']:.2f}" if memory else ""
+    text = f"{ratios[0]:.2f}x by the clock, {ratios[1]:.2f}x of processor time{saved}"
+    print(f"{batch:>5}  {'ratio':15}  {text}", flush=True)
+
+
+def ratio(slower: list[float], faster: list[float]) -> float:
     """Median of the rounds' ratios: what disturbs one of a pair mostly disturbs the other too."""
-    pairs = zip(seconds["plain"], seconds["ours"], strict=True)
-    return statistics.median(plain / ours for plain, ours in pairs)
+    return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
 def alternate(
@@ -103,13 +125,14 @@ def alternate(
 
 
 def allocate_as(name: str) -> None:
-    """Give freed memory back as the C library does by itself (plain), or keep it as our entry points do."""
+    """Give freed memory back as the C library does by itself (plain, ours without kept memory), or keep it as our entry
+    points do."""
     import ctypes
     import platform
 
     from ratlip.device import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
 
-    if name == "ours":
+    if name not in ("plain", "kept memory"):
         keep_freed_memory()
     elif platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -119,10 +142,10 @@ def allocate_as(name: str) -> None:
 
 
 def alone(words: argparse.Namespace) -> dict[str, float]:
-    """GiB held by one of the two at most, and before its first pass."""
+    """GiB held by one of them at most, and before its first pass."""
     import torch
 
-    call = variants(words, words.batch[0], words.only)[words.only]
+    call = work(words, words.batch[0], words.only)
     allocate_as(words.only)  # from here on, as our entry points do it
     if words.device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -141,6 +164,7 @@ def resident(what: str) -> int:
     return int(re.search(rf"{what}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
+@functools.cache
 def alone_in_a_process(name: str, batch: int) -> dict[str, float]:
     """`alone`, of the same command line and one batch size."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", name, "--batch", str(batch)]
@@ -148,11 +172,10 @@ def alone_in_a_process(name: str, batch: int) -> dict[str, float]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def variants(words: argparse.Namespace, batch: int, only: str | None = None) -> dict[str, Callable[[], object]]:
-    """One round's work of each, both on the same weights and inputs."""
-    if words.what == "data":
-        return data_variants()
+def work(words: argparse.Namespace, batch: int, name: str) -> Callable[[], object]:
+    """One round's work of plain, ours, or ours without the saving `name`: all on the same weights and inputs."""
     import torch
+    from savings import without
 
     from ratlip import released
     from ratlip.clip_towers import FrozenClip
@@ -164,20 +187,17 @@ def variants(words: argparse.Namespace, batch: int, only: str | None = None) -> 
     net_g, net_d, net_c = random_networks(model, words.model == "ratlip")
     noise, sentences = torch.randn(batch, 100, device=device), torch.randn(batch, 512, device=device)
     images = torch.rand(batch, 3, 224, 224, device=device) * 2 - 1
-    made = {}
-    if only != "plain":
+    if name == "plain":
+        return plain_work(words, model.to(device), *(n.to(device) for n in (net_g, net_d, net_c)),
+                          autocast(device, words.plain_precision), noise, sentences, images)  # fmt: skip
+    networks = {"netG": net_g.state_dict(), "netD": net_d.state_dict(), "netC": net_c.state_dict()}
+    with without(name):
         clip = FrozenClip(model, preprocess="released")
-        networks = {"netG": net_g.state_dict(), "netD": net_d.state_dict(), "netC": net_c.state_dict()}
-        ours = released.load_networks({"model": networks}, clip)[:2]
-        made["ours"] = ours_variant(words, clip.to(device), *(n.to(device) for n in ours), noise, sentences, images)
-    if only == "ours":
-        del net_g, net_d, net_c
         if words.what == "train":
             clip.drop_text_tower()  # as training does: captions were encoded before
-    else:
-        made["plain"] = plain_variant(words, model.to(device), *(n.to(device) for n in (net_g, net_d, net_c)),
-                                      autocast(device, words.plain_precision), noise, sentences, images)  # fmt: skip
-    return dict(sorted(made.items(), reverse=True))  # plain first
+        ours = released.load_networks({"model": networks}, clip)[:2]
+        call = ours_work(words, clip.to(device), *(n.to(device) for n in ours), noise, sentences, images)
+    return without(name)(call)
 
 
 def random_clip():
@@ -195,7 +215,7 @@ def random_networks(clip, ratlip: bool):
     return plain.Generator(clip, ratlip).eval(), plain.NetD().eval(), plain.NetC().eval()
 
 
-def ours_variant(words, clip, generator, discriminator, noise, sentences, images) -> Callable[[], object]:
+def ours_work(words, clip, generator, discriminator, noise, sentences, images) -> Callable[[], object]:
     """What ours does in a round."""
     import torch
 
@@ -219,7 +239,7 @@ def ours_variant(words, clip, generator, discriminator, noise, sentences, images
     return lambda: train_step(training, batch)
 
 
-def plain_variant(words, clip, net_g, net_d, net_c, autocast, noise, sentences, images) -> Callable[[], object]:
+def plain_work(words, clip, net_g, net_d, net_c, autocast, noise, sentences, images) -> Callable[[], object]:
     """What the plain rendering does in a round."""
     import plain
     import torch
@@ -241,7 +261,7 @@ def plain_variant(words, clip, net_g, net_d, net_c, autocast, noise, sentences, 
     return lambda: trainer.step(images, tokens, noise)
 
 
-def data_variants() -> dict[str, Callable[[], object]]:
+def data_calls() -> dict[str, Callable[[], object]]:
     """256 training images in one process: decoded from JPEG and resized (plain), and from the resized copies (ours)."""
     import numpy as np
     from PIL import Image

@@ -1,4 +1,5 @@
-"""The plain rendering that benchmarks/ measures against, against ours: the same images, gradients and training step."""
+"""What benchmarks/ measures ours against, the plain rendering and ours without a saving: the same images, gradients and
+training step."""
 
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from ratlip.clip_towers import FrozenClip
 from ratlip.data.loader import Batch
 from ratlip.models import blocks
 from ratlip.released import UNUSED, load_networks
-from ratlip.trainer import Training, randomness, train_step
+from ratlip.trainer import Training, train_step
 
 sys.path.append(str(ROOT / "benchmarks"))
 import plain  # noqa: E402
+import savings  # noqa: E402
 
 
 @pytest.mark.parametrize("system", ["galip", "ratlip"])
@@ -66,28 +68,36 @@ def small(monkeypatch):
     return clip, networks
 
 
-@pytest.mark.parametrize("large", [1, 10**9])
-def test_a_training_step_has_the_plain_gradients(small, large, monkeypatch):
-    """Of both networks, in float64; with LARGE at 1 all maps are treated as large ones are."""
-    monkeypatch.setattr(blocks, "LARGE", large)
+def ours(small, monkeypatch) -> tuple[Training, Batch, torch.Tensor, torch.Tensor]:
+    """Our training of two pictures with the small networks' weights, in float64; its batch, noise and captions."""
     clip, networks = small
     states = {name: network.state_dict() for name, network in networks.items()}
     generator, discriminator, _ = load_networks({"model": states}, clip)
     tokens = clip.tokenize(["a red bird", "a green bird with a long beak"])
-    images = torch.rand(2, 3, 224, 224, dtype=torch.float64) * 2 - 1
     settings = config.EasyDict(config.unflatten(config.default_settings())).train
     settings.lr_g = settings.lr_d = 0.0
     training = Training(
         settings, clip, generator.double().train(), discriminator.double(), None, clip.text(tokens)[0], "fp32", 10
     )
-    noise = randomness(training, 2)[0].double()
+    noise = torch.randn(2, 100, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     monkeypatch.setattr("ratlip.trainer.randomness", lambda t, share: (noise, *[torch.zeros(2, 3)] * 2))
+    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2 - 1
+    return training, Batch(images, torch.arange(2), torch.tensor([1, 0])), noise, tokens
+
+
+@pytest.mark.parametrize("large", [1, 10**9])
+def test_a_training_step_has_the_plain_gradients(small, large, monkeypatch):
+    """Of both networks, in float64; with LARGE at 1 all maps are treated as large ones are."""
+    monkeypatch.setattr(blocks, "LARGE", large)
+    clip, networks = small
+    training, batch, noise, tokens = ours(small, monkeypatch)
     found = watch_gradients(training)
-    train_step(training, Batch(images, torch.arange(2), torch.tensor([1, 0])))
+    train_step(training, batch)
 
     net_g, net_d, net_c = (network.train() for network in networks.values())
     sentences, mismatched = training.sentences.clone().requires_grad_(), training.sentences.flip(0)
-    maps, fake_maps = (plain.image_tower(clip.clip, x)[0].detach() for x in (images, net_g(noise, training.sentences)))
+    fake = net_g(noise, training.sentences)
+    maps, fake_maps = (plain.image_tower(clip.clip, images)[0].detach() for images in (batch.images, fake))
     loss_d = plain.losses_d(net_d, net_c, maps.requires_grad_(), fake_maps, sentences, mismatched)
     gradients = torch.autograd.grad(loss_d, [*net_d.parameters(), *net_c.parameters()])
     expected_d = {"netD": net_d, "netC": net_c}
@@ -100,7 +110,7 @@ def test_a_training_step_has_the_plain_gradients(small, large, monkeypatch):
     trainer = plain.Trainer(clip.clip, net_g, net_d, net_c, autocast, torch.amp.GradScaler("cpu", enabled=False))
     for optimizer in (trainer.optimizer_g, trainer.optimizer_d):
         optimizer.param_groups[0]["lr"] = 0.0
-    trainer.step(images, tokens, noise)
+    trainer.step(batch.images, tokens, noise)
     expected_g = {**dict(net_g.named_buffers()), **{key: p.grad for key, p in net_g.named_parameters()}}
     assert_close(found["g"], load_networks({"model": {"netG": expected_g}}, clip)[0])
 
@@ -111,6 +121,29 @@ def assert_close(found, expected):
         gradient = gradient.detach()
         largest = float(gradient.abs().max())
         assert (found[name] - gradient).abs().max() <= 1e-4 * largest + 1e-10, name
+
+
+def test_no_saving_changes_the_numbers(small, monkeypatch):
+    """Images and gradients of two steps in float64, with each of the savings taken away."""
+    monkeypatch.setattr(blocks, "LARGE", 1)  # that maps of this size are treated as large ones
+
+    def numbers() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        training, batch, noise, _ = ours(small, monkeypatch)
+        found = watch_gradients(training)
+        for _ in range(2):
+            train_step(training, batch)
+        gradients = {key + name: value for key, own in found.items() for name, value in own.items()}
+        with torch.no_grad():
+            return training.generator.eval()(noise, training.sentences), gradients
+
+    image, gradients = numbers()
+    largest = {name: float(value.abs().max()) for name, value in gradients.items()}
+    for saving in savings.SAVINGS:
+        with savings.without(saving):
+            found = numbers()
+        assert relative_error(found[0], image) < 1e-8, saving
+        for name, gradient in gradients.items():
+            assert (found[1][name] - gradient).abs().max() <= 1e-7 * largest[name] + 1e-10, (saving, name)
 
 
 def test_the_command_measures_both():
