@@ -26,7 +26,8 @@ def resize_then_convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, size: i
 
 def resize_at_entry(block: GeneratorBlock, x: list[Tensor], size: int, affines) -> list[Tensor]:
     """A generator block that resizes before all else, as the released one does; no doubling is left for its filters."""
-    return forward(block, [blocks.resize(piece, size) for piece in x], size, affines)
+    cut = blocks.pieces(x, block.conv1.conv.out_channels * size**2)
+    return forward(block, [blocks.resize(piece, size) for piece in cut], size, affines)
 
 
 def finish_with_running_norm(conv: Conv, x: Tensor, *norm: Tensor) -> Tensor:
@@ -51,6 +52,12 @@ def mlp_with_quick_gelu(x: Tensor, normed: Tensor, mlp) -> Tensor:
     return x + clip_towers.linear(hidden, mlp.c_proj.weight, mlp.c_proj.bias)
 
 
+def moments_by_autograd(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance as in `ratlip.models.moments`, differentiated by PyTorch."""
+    mean = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+    return mean, (x - mean[:, :, None, None]).square().mean((2, 3))
+
+
 def maps_with_a_graph(clip: FrozenClip, images: Tensor) -> Tensor:
     """Feature maps whose gradient goes on to the images."""
     with torch.enable_grad():
@@ -68,14 +75,6 @@ def encode_captions_too(clip: FrozenClip, images: Tensor) -> Tensor:
     """Feature maps, after as many captions have gone through the text tower."""
     clip.text(torch.ones(len(images), clip.context_length, dtype=torch.long, device=images.device))
     return feature_maps(clip, images)
-
-
-class KeepsGradients(torch.optim.Adam):
-    """Adam that fills gradients with zeros in place of freeing them."""
-
-    def zero_grad(self) -> None:
-        """Fill with zeros."""
-        super().zero_grad(set_to_none=False)
 
 
 def separate_adam(parameters, lr: float, betas: tuple[float, float], fused: bool) -> torch.optim.Adam:
@@ -112,9 +111,7 @@ SAVINGS = {
         (blocks, "recomputed", lambda function, tensors, elements: function(*tensors)),
         (generator, "recomputed", lambda function, tensors, elements: function(*tensors)),
     ]),
-    "moments": (("train",), [
-        (owner, "moments", lambda x: torch.var_mean(x, (2, 3), correction=0)[::-1]) for owner in (blocks, attention)
-    ]),
+    "moments": (("train",), [(owner, "moments", moments_by_autograd) for owner in (blocks, attention)]),
     "no real graph": (("train",), [(FrozenClip, "feature_maps", maps_with_a_graph)]),
     "lower blocks": (("train",), [(FrozenClip, "feature_maps", lambda clip, images: clip.image(images)[0])]),
     "D frozen for G": (("train",), [(Discriminator, "requires_grad_", stay_trainable)]),
@@ -122,7 +119,6 @@ SAVINGS = {
         (FrozenClip, "feature_maps", encode_captions_too),
         (FrozenClip, "drop_text_tower", lambda clip: None),
     ]),
-    "freed gradients": (("train",), [(trainer, "Adam", KeepsGradients)]),
     "fused Adam": (("train",), [(trainer, "Adam", separate_adam)]),
 }  # fmt: skip
 

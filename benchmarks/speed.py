@@ -25,7 +25,8 @@ EXAMPLE = """example:
 
 Random weights of the released size: ViT-B/32, nf 64, 224 pixels. Each round runs both in turn, twice, and times the
 second time; the first round is not counted. Peak memory is that of a process of its own for each (resident memory on a
-CPU, allocated on a GPU).
+CPU, allocated on a GPU). Training is that of both networks, without averaged weights (train.ema), which the plain form
+has not.
 data: images a second of one process, from JPEGs of 500 x 375 (plain) and from prepare.sh's resized copies (ours).
 """
 
@@ -37,28 +38,34 @@ def main() -> None:
     )
     parser.add_argument("--what", default="sample", choices=("sample", "train", "eval", "data"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--batch", type=int, nargs="+", default=[4], help="images at a time; several are tried in turn")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that are counted (default 5)")
+    parser.add_argument(
+        "--batch", type=at_least_one, nargs="+", default=[4], help="images at a time; several are tried in turn"
+    )
+    parser.add_argument("--rounds", type=at_least_one, default=5, help="rounds that are counted (default 5)")
     precisions = ("fp32", "bf16", "fp16")
     parser.add_argument("--precision", default="fp32", choices=precisions, help="of ours")
     parser.add_argument("--plain-precision", default="fp32", choices=precisions)
     parser.add_argument("--model", default="ratlip", choices=("ratlip", "galip"))
     parser.add_argument("--compile", action="store_true", help="torch.compile ours")
-    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: as many as PyTorch takes")
+    parser.add_argument("--threads", type=at_least_one, help="of the CPU; else as many as PyTorch takes")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument(
         "--savings", action="store_true", help="against ours without each of its savings in turn, not against plain"
     )
     parser.add_argument("--only", metavar="plain|ours|SAVING", help="peak memory of one, as JSON")
     words = parser.parse_args()
-    if words.savings and words.what not in ("sample", "train"):
-        parser.error("--savings are those of sample and train")
+    if words.savings and (words.what not in ("sample", "train") or words.compile):
+        parser.error("--savings are those of sample and train, not compiled")
+    if words.only and words.what == "data":
+        parser.error("--only gives peak memory, which is not measured for data")
 
     import torch
     from savings import SAVINGS
 
     if words.threads:
         torch.set_num_threads(words.threads)
+    if words.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no GPU here")
     if words.only not in (None, "plain", "ours", *SAVINGS):
         parser.error(f"--only takes plain, ours or one of {', '.join(SAVINGS)}")
     if words.only:
@@ -76,6 +83,13 @@ def main() -> None:
     for batch in words.batch:
         for rival in rivals:
             compare(words, batch, rival)
+
+
+def at_least_one(text: str) -> int:
+    """A number of the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
+    return int(text)
 
 
 def compare(words: argparse.Namespace, batch: int, rival: str) -> None:
@@ -114,6 +128,8 @@ def alternate(
         for name, call in work.items():
             allocate_as(name)
             call()  # not counted either: the other one's data is in the caches, and freed memory has to be mapped anew
+            if device == "cuda":
+                torch.cuda.synchronize()
             start = time.perf_counter(), time.process_time()
             call()
             if device == "cuda":

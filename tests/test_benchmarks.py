@@ -1,6 +1,7 @@
 """What benchmarks/ measures ours against, the plain rendering and ours without a saving: the same images, gradients and
 training step."""
 
+import json
 import subprocess
 import sys
 
@@ -144,6 +145,28 @@ def test_no_saving_changes_the_numbers(small, monkeypatch):
         assert relative_error(found[0], image) < 1e-8, saving
         for name, gradient in gradients.items():
             assert (found[1][name] - gradient).abs().max() <= 1e-7 * largest[name] + 1e-10, (saving, name)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--batch", "0"], "0 is no whole number from 1 on"),
+        (["--what", "data", "--savings"], "sample and train"),
+        (["--what", "data", "--only", "ours"], "not measured for data"),
+        (["--only", "nothing"], "plain, ours or one of sub-pixel"),
+    ],
+)
+def test_words_that_make_no_sense(words, complaint):
+    result = subprocess.run([sys.executable, "benchmarks/speed.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and complaint in result.stderr
+
+
+def test_peak_memory_of_ours_without_a_saving():
+    command = [sys.executable, "benchmarks/speed.py", "--batch", "1", "--threads", "1", "--only", "kept filters"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    memory = json.loads(result.stdout)
+    assert 0.5 < memory["before"] < memory["peak"] < 8  # GiB: CLIP alone has 0.56
 
 
 def test_the_command_measures_both():
