@@ -16,7 +16,7 @@ from ratlip.models.discriminator import Discriminator
 
 # What is replaced below, as it is.
 doubling_kernel, finish, forward = blocks.doubling_kernel, Conv.finish, GeneratorBlock.forward
-transformer_block, feature_maps = clip_towers.transformer_block, FrozenClip.feature_maps
+transformer_block, feature_maps, running = clip_towers.transformer_block, FrozenClip.feature_maps, BatchNorm.running
 
 
 def resize_then_convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, size: int) -> Tensor:
@@ -33,8 +33,8 @@ def resize_at_entry(block: GeneratorBlock, x: list[Tensor], size: int, affines) 
 def finish_with_running_norm(conv: Conv, x: Tensor, *norm: Tensor) -> Tensor:
     """What follows a convolution, with BatchNorm in eval mode done to the map."""
     if conv.bn is not None and not norm:
-        norm = conv.bn._scale_and_shift(conv.bn.running_mean, conv.bn.running_var)
-        norm = [(blocks.shuffle(v) if conv.attention is not None else v).to(x.dtype)[:, None, None] for v in norm]
+        norm = [blocks.shuffle(v) if conv.attention is not None else v for v in running(conv.bn)]
+        norm = [v.to(x.dtype)[:, None, None] for v in norm]
     return finish(conv, x, *norm)
 
 
@@ -82,7 +82,8 @@ def separate_adam(parameters, lr: float, betas: tuple[float, float], fused: bool
     return torch.optim.Adam(parameters, lr, betas)
 
 
-# Which of the objects' attributes are replaced by what. "sample" and "train": where it makes a difference.
+# For each saving: where it makes a difference, and which attributes of which objects to replace by what. A new saving
+# needs an entry here; the tests and the command then take it up.
 SAVINGS = {
     "sub-pixel": (("sample", "train"), [
         (blocks, "doubling_kernel", lambda weight: weight),
