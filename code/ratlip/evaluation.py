@@ -23,6 +23,7 @@ from ratlip.metrics.features import SPACES, MissingWeights, Space, padded
 from ratlip.metrics.metric import Scored
 from ratlip.metrics.reference import Reference
 from ratlip.models.generator import Generator
+from ratlip.paths import full
 from ratlip.sampling import generate, seeded_noise
 
 NOISE_SEED = 0  # sample i is the same image in every evaluation of the same weights
@@ -143,7 +144,7 @@ class Scorer:
         if released and settings.released_npz:
             path = Path(settings.released_npz)
             if not path.is_file():
-                raise UserError(f"eval.released_npz: no file {path}; null makes statistics of the test split")
+                raise UserError(f"eval.released_npz: no file {full(path)}; null makes statistics of the test split")
             expected = {"protocol": space.protocol, "weights": space.checksum}
             return reference.load(path, space, self.device, expected, bare=True)
 

@@ -29,6 +29,7 @@ from ratlip.evaluation import Evaluator, Scorer, scores_table
 from ratlip.models.discriminator import Discriminator
 from ratlip.models.generator import Generator
 from ratlip.monitor import Monitor
+from ratlip.paths import command
 from ratlip.pictures import captioned_grid
 from ratlip.profiling import Trace
 from ratlip.sampling import generate, seeded_noise
@@ -327,7 +328,7 @@ def train(config: EasyDict, words: Sequence[str] = ()) -> None:
         if scores:  # else nothing has been trained yet
             save(t, config, scores, len(batches), save_folder / f"state_epoch_{t.epoch:03}_step_{t.step:08}.pth")
         again = shlex.join([f"cfg/{config.name}.yml", *words])
-        distributed.say(f"\nstopped by {cause} and saved; go on with: bash scripts/resume.sh {again}")
+        distributed.say(f"\nstopped by {cause} and saved; go on with: {command('resume.sh')} {again}")
         draw_course(t, monitor)
     else:
         distributed.say(f"\n{scores_table(scores)}\n")
@@ -389,7 +390,7 @@ def save(t: Training, config: EasyDict, scores: dict, epoch_steps: int, path: Pa
         return
     content = {
         "format": checkpoint.FORMAT,
-        "config": configuration.flatten({key: value for key, value in config.items() if key != "name"}),
+        "config": configuration.kept(config),
         "clip": t.clip.shape,
         "epoch": t.epoch,
         "step": t.step,
