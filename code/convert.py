@@ -28,6 +28,7 @@ def main() -> None:
 
     from ratlip import build, checkpoint, config, released
     from ratlip.clip_towers import FrozenClip, clip  # the package, its warnings silenced
+    from ratlip.data.loader import BATCH_SIZE
     from ratlip.trainer import Training, save
 
     content = checkpoint.read(words.source)
@@ -51,7 +52,8 @@ def main() -> None:
     }
     if "d_channels" in info:
         settings["model.d_channels"] = info["d_channels"]
-    resolved = config.load(config.DEFAULT, [f"{key}={value}" for key, value in settings.items()])
+    published = {"train.batch_size": BATCH_SIZE}
+    resolved = config.load(config.DEFAULT, [f"{key}={value}" for key, value in (settings | published).items()])
     if discriminator is None:
         discriminator = build.discriminator_of(resolved, shapes)
         print(f"{words.source} holds no netD with netC: training on will begin with a new discriminator")

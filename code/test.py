@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument(
         "words", nargs="*", default=[], metavar="checkpoint|key=value", help="what to score; settings to override"
     )
-    parser.add_argument("--images", type=typed, metavar="DIR", help="score these pictures; captions in .txt beside them")
+    parser.add_argument("--images", type=typed, metavar="DIR", help="score these pictures; captions in .txt beside")
     parser.add_argument("--against", type=typed, metavar="DIR", help="compare with these pictures, not the test split")
     arguments = parser.parse_intermixed_args()
     overrides = [word for word in arguments.words if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]

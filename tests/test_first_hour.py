@@ -21,9 +21,9 @@ TOO_LARGE = "model.d_channels=40000000000"  # more than any machine addresses
 
 # What was done, the words of the command, and what the answer has to hold.
 TRIED = {
-    "wrong path of the configuration": ("train.py cfg/demo.yaml", "no configuration file cfg/demo.yaml", "demo.yml"),
-    "its name without the folder": ("train.py demo", "no configuration file demo", "cfg/ has bird.yml"),
-    "its place seen from another folder": ("train.py ../cfg/demo.yml", "no configuration file ../cfg/demo.yml"),
+    "wrong path of the configuration": ("train.py cfg/demo.yaml", f"no configuration file {ROOT}/cfg/demo.yaml; cfg/"),
+    "its name without the folder": ("train.py demo", f"no configuration file {ROOT}/demo;", "cfg/ has bird.yml"),
+    "its place seen from another folder": ("train.py ../cfg/demo.yml", f"file {ROOT.parent}/cfg/demo.yml"),
     "a file that is no configuration": ("train.py LICENSE", "LICENSE, line", "not valid YAML"),
     "a typo in a key": ("train.py cfg/demo.yml train.batchsize=8", "did you mean 'train.batch_size'"),
     "a key without its group": ("train.py cfg/demo.yml batch_size=8", "did you mean 'train.batch_size'"),
@@ -31,8 +31,8 @@ TRIED = {
     "a word where a number belongs": ("train.py cfg/demo.yml train.lr_g=small", "train.lr_g must be of type float"),
     "a size that cannot be": ("train.py cfg/demo.yml model.imsize=100", "4 * 2^k", "100"),
     "a layout that is not there": ("train.py cfg/demo.yml data.layout=cub", "one of demo, bird", "'cub'"),
-    "no data yet": ("train.py cfg/bird.yml data.dir=nowhere/birds", "no folder nowhere/birds", "README.md"),
-    "no data yet, checking it": ("prepare.py cfg/bird.yml data.dir=nowhere/birds", "no folder nowhere/birds"),
+    "no data yet": ("train.py cfg/bird.yml data.dir=nowhere/birds", f"no folder {ROOT}/nowhere/birds", "README.md"),
+    "no data yet, checking it": ("prepare.py cfg/bird.yml data.dir=nowhere/birds", f"no folder {ROOT}/nowhere/birds"),
     "a folder without pictures": ("train.py cfg/demo.yml data.layout=folder data.dir=docs", "docs/images: no pictures"),
     "no GPU": ("train.py cfg/demo.yml {small} train.device=cuda", "sees no GPU", "use cpu or auto"),
     "no GPU to sample on": (f"sample.py cfg/demo.yml|{CAPTION}|--device cuda", "sees no GPU"),
@@ -45,7 +45,7 @@ TRIED = {
     "more in a batch than there is": ("train.py cfg/demo.yml {small} train.batch_size=13", "12 training images"),
     "a folder that cannot be written": ("train.py cfg/demo.yml {small} log.dir=LICENSE/logs", "LICENSE/logs"),
     "sampling before training": (f"sample.py cfg/coco.yml|{CAPTION}", "bash scripts/train.sh cfg/coco.yml"),
-    "sampling from nothing": (f"sample.py cfg/demo.yml|{CAPTION}|--checkpoint best.pth", "no checkpoint best.pth"),
+    "sampling from nothing": (f"sample.py cfg/demo.yml|{CAPTION}|--checkpoint best.pth", f"{ROOT}/best.pth"),
     "sampling without a caption": ("sample.py cfg/demo.yml train.seed=1", "no caption given", "in quotes"),
     "pictures to a place that is a file": (f"sample.py cfg/demo.yml|{CAPTION}|--out README.md", "README.md", "exists"),
     "evaluating before training": ("test.py cfg/coco.yml", "bash scripts/train.sh cfg/coco.yml"),

@@ -240,7 +240,7 @@ def _change_path(key: str, value: Any, base: Path, change: Callable[[str], str])
 
 
 def _before_clip_file(value: str, base: Path) -> str | None:
-    """What stands before the file in `clip.weights`: nothing, or open_clip's architecture and a colon. None: no file."""
+    """What stands before the file in `clip.weights`: "", or open_clip's "architecture:"; None for no file."""
 
     def is_file(text: str) -> bool:
         return text.startswith(("~", "$", "/", "./", "../")) or text != "" and (base / text).exists()

@@ -31,6 +31,7 @@ from ratlip.models.generator import Generator
 from ratlip.monitor import Monitor
 from ratlip.paths import command
 from ratlip.pictures import captioned_grid
+from ratlip.preparation import check_size
 from ratlip.profiling import Trace
 from ratlip.sampling import generate, seeded_noise
 from ratlip.stopping import Stop, Stopped
@@ -214,6 +215,7 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     precision = devices.choose_precision(config.train.precision, place)
     with distributed.first_process_first():  # before CLIP, which may be a long download, is asked for
         items, test_items = (usable_items(config, split) for split in ("train", "test"))
+    check_size(config, {"train": items, "test": test_items}, distributed.world_size())
     torch.manual_seed(config.train.seed)
     clip = build.clip_of(config).to(place)
     table = captions.CaptionTable([item.captions for item in items])

@@ -56,7 +56,7 @@ def take_stock(data: EasyDict, split: str) -> Stock:
     else:
         items, problems = read_items(data.layout, Path(data.dir), split)
     if not items and not problems:
-        raise UserError(f"{data.dir}: the {split} split is empty")
+        raise UserError(f"{data.dir}: the {split} split is empty; have 15 pictures or more, or lists that name some")
     journal = Journal(cache / f"images_{split}.jsonl")
     inputs = [(item.key, _state(item), item) for item in items]
     found = complete(journal, inputs, _size_or_reason, data.num_workers, TOGETHER, f"checking {split} images")
