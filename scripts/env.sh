@@ -116,9 +116,13 @@ ratlip_setup() {
     hash -r
 }
 
+# What `python -c` is to run first: the caller's folder, which may hold a random.py, is no place for modules.
+ratlip_path='import sys; sys.path[:] = filter(None, sys.path)'
+ratlip_torchrun="$ratlip_path; from torch.distributed.run import main; main()"
+
 # How many processes to start: GPUS where it is set, else one for each GPU.
 ratlip_processes() {
-    echo "${GPUS:-$(python -c 'import sys; sys.path[:] = filter(None, sys.path); import torch; print(torch.cuda.device_count())')}"
+    echo "${GPUS:-$(python -c "$ratlip_path; import torch; print(torch.cuda.device_count())")}"
 }
 
 ratlip_setup || { ratlip_status=$?; [ "${BASH_SOURCE[0]:-}" = "$0" ] && exit $ratlip_status; return $ratlip_status; }

@@ -4,10 +4,9 @@ set -euo pipefail
 here=$(dirname "$0") # paths on the command line are the caller's: stay in the caller's folder
 case " $* " in *" -h "* | *" --help "* | "  ") exec python3 "$here/../code/test.py" "$@" ;; esac # help and usage need no environment
 source "$here/env.sh"
-export PYTHONSAFEPATH=1 # torchrun is run with -m, which else looks for modules in the caller's folder first
 
 gpus=$(ratlip_processes)
 if [ "$gpus" -gt 1 ]; then
-    exec python -m torch.distributed.run --standalone --nproc_per_node="$gpus" "$ratlip_root/code/test.py" "$@"
+    exec python -c "$ratlip_torchrun" --standalone --nproc_per_node="$gpus" "$ratlip_root/code/test.py" "$@"
 fi
 exec python "$ratlip_root/code/test.py" "$@"

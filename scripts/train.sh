@@ -4,7 +4,6 @@ set -euo pipefail
 here=$(dirname "$0") # paths on the command line are the caller's: stay in the caller's folder
 case " $* " in *" -h "* | *" --help "* | "  ") exec python3 "$here/../code/train.py" "$@" ;; esac # help and usage need no environment
 source "$here/env.sh"
-export PYTHONSAFEPATH=1 # torchrun is run with -m, which else looks for modules in the caller's folder first
 
 gpus=$(ratlip_processes)
 if [ "$gpus" -le 1 ]; then
@@ -12,7 +11,7 @@ if [ "$gpus" -le 1 ]; then
 fi
 # Several processes. torchrun would kill them on a signal; they are to save and leave by themselves, so the signal
 # goes to them alone (setsid keeps a terminal's Ctrl-C from torchrun).
-setsid python -m torch.distributed.run --standalone --nproc_per_node="$gpus" "$ratlip_root/code/train.py" "$@" &
+setsid python -c "$ratlip_torchrun" --standalone --nproc_per_node="$gpus" "$ratlip_root/code/train.py" "$@" &
 torchrun=$!
 trap 'pkill -TERM -P $torchrun' TERM HUP
 trap 'pkill -USR1 -P $torchrun' USR1

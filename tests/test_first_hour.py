@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -124,9 +125,9 @@ def bare(tmp_path):
     shutil.copy(ROOT / "scripts/env.sh", tmp_path / "scripts")
     (tmp_path / "requirements.txt").write_text("ratlip-needs-this-and-nobody-has-it>=1\n")
 
-    def bare(path: Path) -> subprocess.CompletedProcess:
+    def bare(path: Path | str, **more: str) -> subprocess.CompletedProcess:
         environment = {"PATH": str(path), "HOME": str(tmp_path), "PIP_INDEX_URL": "http://127.0.0.1:9", **NO_INTERNET}
-        environment |= {"PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull}
+        environment |= {"PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull, **more}
         return subprocess.run(
             [shutil.which("bash"), "-c", "source scripts/env.sh && echo ready"],
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
@@ -164,3 +165,40 @@ def test_no_internet_for_the_packages_and_an_interrupted_install(bare, tmp_path)
     (tmp_path / "requirements.txt").write_text("pip\n")  # the index answers again
     result = bare(path)
     assert result.returncode == 0 and result.stdout == "ready\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("wanted", "lacks"),
+    [
+        ("pillow>=999", f"pillow>=999 (it has {metadata.version('pillow')})"),
+        ("nobody-has-it>=1", "nobody-has-it>=1 (not installed)"),
+        ("own[more]", "nobody-has-that>=2 (not installed)"),
+        ("pillow>=999\nnobody-has-it; python_version > '3'", "(not installed)"),
+        ("own\npillow>=10\nnobody-has-it; sys_platform == 'none'\n--no-binary :none:\n# a comment", None),
+    ],
+)
+def test_what_an_active_environment_lacks_is_said_before_another_is_installed(bare, tmp_path, wanted, lacks):
+    """Its requirements' markers and extras count; a .venv whose pip only says its version stands for 6 GB."""
+    (tmp_path / "requirements.txt").write_text(wanted)
+    (tmp_path / "own-1.0.dist-info").mkdir()
+    (tmp_path / "own-1.0.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: own\nVersion: 1.0\nProvides-Extra: more\nRequires-Dist: pillow>=10\n"
+        "Requires-Dist: nobody-has-that>=2; extra == 'more'\n"
+    )
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").write_text('#!/bin/sh\ncase "$*" in *--version) exit 0 ;; esac\nexit 1\n')
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    own = Path(sys.executable)
+    path = f"{tools(tmp_path / 'bin', ('python3', sys.executable))}:{own.parent}"
+    result = bare(path, VIRTUAL_ENV=str(own.parents[1]), PYTHONPATH=str(tmp_path))
+    if lacks is None:
+        assert result.returncode == 0 and result.stderr == "", result.stderr
+        return
+    said, installing, *_ = result.stderr.splitlines()
+    assert said.startswith(f"The active environment ({own.parent}/python) lacks ") and lacks in said
+    assert said.endswith(f"{own.parent}/python -m pip install -r {tmp_path}/requirements.txt")
+    assert installing.startswith(f"Installing requirements.txt into {tmp_path}/.venv")
+    # Where none is active, a Python that has PyTorch was meant, and another was not.
+    assert bare(path, PYTHONPATH=str(tmp_path)).stderr.splitlines()[0] == said
+    (tmp_path / "requirements.txt").write_text("torch>=99\n")
+    assert bare(path).stderr.splitlines()[0] == installing

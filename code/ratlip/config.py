@@ -145,16 +145,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
     """
     path = _find(path)
     defaults = default_settings()
-    stated = {key: (str(DEFAULT), key, value, ROOT) for key, value in defaults.items()}
+    settings = dict(defaults)
     content = _read_yaml(path)
     content = _translate(path, content) if "dataset_name" in content else flatten(content)
-    for source, values, base in [(str(path), content, ROOT), *((*_read_word(word), Path.cwd()) for word in overrides)]:
+    for source, values in ((str(path), content), *map(_read_word, overrides)):
         for key, value in values.items():
             if key not in defaults:
                 raise UserError(f"{source}: unknown key {key!r}{_nearest(key, defaults)}")
-            stated[key] = (source, key, _check(source, key, value, defaults[key]), base)
-    settings = {key: _placed(*setting) for key, setting in stated.items()}  # only those that hold in the end
-    return EasyDict({"name": path.stem, **unflatten(settings)})
+            settings[key] = _check(source, key, value, defaults[key])
+    return EasyDict({"name": path.stem, **unflatten(placed(settings, str(path)))})
 
 
 def default_settings() -> dict[str, Any]:
@@ -185,6 +184,20 @@ def unflatten(flat: dict[str, Any]) -> dict:
     return tree
 
 
+def placed(settings: dict[str, Any], source: str) -> dict[str, Any]:
+    """Flat settings whose paths are written as in a file, from the repository, as they are used from here.
+
+    Args:
+        source: the file, for messages.
+    """
+
+    def place(key: str, value: Any) -> Any:
+        where = f"{source}: {key}"
+        return _change_path(key, value, ROOT, lambda text: paths.usable(paths.expand(text, where), ROOT))
+
+    return {key: place(key, value) for key, value in settings.items()}
+
+
 def kept(config: EasyDict) -> dict[str, Any]:
     """The settings, flat, as a run keeps them: paths mean the same from any folder."""
     settings = {key: value for key, value in flatten(config).items() if key != "name"}
@@ -194,7 +207,7 @@ def kept(config: EasyDict) -> dict[str, Any]:
 def from_kept(settings: dict[str, Any]) -> dict[str, Any]:
     """What `kept` gave, flat, with the defaults of settings that came later, and paths as they are used from here."""
     settings = {**default_settings(), **settings}
-    return {key: _change_path(key, v, ROOT, paths.usable) for key, v in settings.items()}
+    return {key: _change_path(key, value, ROOT, paths.usable) for key, value in settings.items()}
 
 
 def dump(config: EasyDict) -> str:
@@ -211,22 +224,6 @@ def _find(path: str | Path) -> Path:
         places = " or ".join(dict.fromkeys(str(paths.full(place)) for place in (own, ROOT / own)))
         raise UserError(f"no configuration file {places}; cfg/ has {known}")
     return Path(paths.usable(found, Path.cwd()))
-
-
-def _placed(source: str, key: str, value: Any, base: Path) -> Any:
-    """A setting whose path, if it holds one, was written for the folder `base`, as it is used from here."""
-
-    def place(text: str) -> str:
-        expanded = paths.expand(text, f"{source}: {key}")
-        literal, meant = ROOT / text, base / expanded
-        if text != expanded and literal.exists() and not meant.exists():
-            raise UserError(
-                f"{source}: {key}: {text} is {meant}, where nothing is; earlier versions took the name as it stands: "
-                f"move {literal} there, or away"
-            )
-        return paths.usable(expanded, base)
-
-    return _change_path(key, value, base, place)
 
 
 def _change_path(key: str, value: Any, base: Path, change: Callable[[str], str]) -> Any:
@@ -283,6 +280,8 @@ def _read_word(word: str) -> tuple[str, dict]:
         value = text
     if key in PATHS and not isinstance(value, str) and text.strip() not in ("", "null"):
         value = text  # folders named ~, 007 or 2024-05-01
+    if isinstance(value, str):  # from here on as in a file: from the repository, or in full
+        value = _change_path(key, value, Path.cwd(), lambda text: paths.portable(paths.expand(text, repr(word))))
     return f"{word!r}", {key: value}
 
 

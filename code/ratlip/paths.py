@@ -8,7 +8,7 @@ from pathlib import Path
 from ratlip.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository; what is relative in a YAML file is meant from here
-VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")  # not the braces of shards: {00000..00331}
+VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})")  # not the braces of shards: {00000..00331}
 
 
 def expand(text: str, where: str) -> str:
@@ -18,7 +18,8 @@ def expand(text: str, where: str) -> str:
         where: the setting or option, for messages.
 
     Raises:
-        UserError: a variable that is not set, or nobody's home folder.
+        UserError: a variable that is not set, nobody's home folder, or what an earlier version, which expanded
+            nothing, has left below a folder of that very name.
     """
 
     def value(found: re.Match) -> str:
@@ -31,6 +32,12 @@ def expand(text: str, where: str) -> str:
     if expanded.startswith("~"):
         name = expanded.split("/")[0]
         raise UserError(f"{where}: {text}: no home folder {name}; a file of that name is ./{name}")
+    literal = ROOT / text
+    if text != expanded and literal.exists() and not Path(expanded).exists():
+        raise UserError(
+            f"{where}: {text} is {expanded}, where nothing is; earlier versions took the name as it stands: "
+            f"move {literal} there, or away"
+        )
     return expanded
 
 
