@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Evaluate: bash scripts/test.sh cfg/demo.yml [checkpoint] [key=value ...] [--images DIR] [--against DIR]
 set -euo pipefail
-here=$(dirname "$0") # paths on the command line are the caller's: stay in the caller's folder
+here=$(dirname "$(readlink -f "$0")") # no cd: paths on the command line are the caller's
 case " $* " in *" -h "* | *" --help "* | "  ") exec python3 "$here/../code/test.py" "$@" ;; esac # help and usage need no environment
 source "$here/env.sh"
 

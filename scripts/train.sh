@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train: bash scripts/train.sh cfg/demo.yml [key=value ...]
 set -euo pipefail
-here=$(dirname "$0") # paths on the command line are the caller's: stay in the caller's folder
+here=$(dirname "$(readlink -f "$0")") # no cd: paths on the command line are the caller's
 case " $* " in *" -h "* | *" --help "* | "  ") exec python3 "$here/../code/train.py" "$@" ;; esac # help and usage need no environment
 source "$here/env.sh"
 

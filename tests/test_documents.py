@@ -64,9 +64,9 @@ def test_every_command_of_the_readme_is_run():
 
 def test_the_readmes_commands_run_in_order(tmp_path, clip_file):
     """As they stand, with words after them that make them small, in a folder that holds what a clone does."""
-    for name in ("scripts", "assets", "requirements.txt"):
+    for name in ("assets", "requirements.txt"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for name in ("code", "cfg"):  # the repository is where the code lies
+    for name in ("code", "scripts", "cfg"):  # the repository is where the code lies
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (five_lines,) = blocks(README, "yaml")[:1]
     assert len(five_lines.splitlines()) == 5

@@ -220,7 +220,8 @@ def test_sampling_from_a_folder_of_ones_own(project):
 
     (project / "cfg").mkdir()
     (project / "cfg/demo.yml").write_text("model: {shipped: null}\n")
-    own = script(project, "sample.sh", "cfg/demo.yml", "a small red star", "--n", 1)
+    (project / "draw").symlink_to(ROOT / "scripts/sample.sh")
+    own = script(project, project / "draw", "cfg/demo.yml", "a small red star", "--n", 1)
     assert_refused(own, "nothing has been trained", f"bash {ROOT}/scripts/train.sh cfg/demo.yml")
 
 
