@@ -199,9 +199,9 @@ def test_pictures_as_met(words, folders, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["nowhere.pth"], ["no checkpoint nowhere.pth"]),
+        (["nowhere.pth"], ["no checkpoint", "/nowhere.pth"]),
         (["a.pth", "b.pth"], ["one checkpoint at a time", "a.pth, b.pth"]),
-        (["--images", "nowhere"], ["no folder nowhere"]),
+        (["--images", "nowhere"], ["no folder", "/nowhere"]),
         (["--images", "scripts"], ["scripts: no pictures"]),
         (["a.pth", "--images", "assets"], ["a.pth", "assets"]),
         (["eval.metrics=[fid,fids]"], ["eval.metrics", "fids", "fid_released"]),

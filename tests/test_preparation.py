@@ -383,3 +383,56 @@ def test_a_released_flat_configuration_trains(tmp_path, clip_file, call):
     for name in ("clip4evl", "stamp", "state_epoch", "gpu_id", "ch_size", "scaler_min", "log_dir"):
         assert name in line
     assert list((tmp_path / "saved" / "birds").glob("*/state_epoch_001.pth"))
+
+
+SMALL = {
+    "one picture": (1, {}, (), "the train split is empty; have 15 pictures or more"),
+    "two pictures": (2, {}, (), "a step needs 2 training images or more, not 1"),
+    "one to test with": (14, {}, (), "evaluation needs at least 2 test images", "have 15 pictures or more"),
+    "one sample": (20, {}, ("eval.samples=1",), "eval.samples: 1"),
+    "a batch that somebody set": (20, {}, ("train.batch_size=19",), "train.batch_size: 19 is larger than the 18"),
+    "one caption for all": (20, dict.fromkeys(range(20), "a bird"), (), "no mismatch exists", "/images/0.png"),
+    "a picture of every caption": (20, {4: "\n".join(f"picture {n}" for n in range(20))}, (), "images/4.png: no mism"),
+}
+
+
+@pytest.fixture
+def few(tmp_path, clip_file):
+    """few(count, captions, *more): the words for a set of so many pictures without lists; nobody sets a batch size."""
+
+    def few(count: int, captions: dict[int, str], *more: str) -> list[str]:
+        for number in range(count):
+            write(tmp_path / f"data/images/{number}.png", encoded(picture(number), "PNG"))
+            write(tmp_path / f"data/text/{number}.txt", captions.get(number, f"picture {number}"))
+        mine = write(tmp_path / "mine.yml", f"data: {{layout: folder, dir: {tmp_path}/data}}\nmodel: {{imsize: 16}}\n")
+        tiny = [word for word in TINY_RUN if "batch_size" not in word]
+        places = (f"log.dir={tmp_path}/logs", f"log.save_dir={tmp_path}/saved", f"clip.weights={clip_file}")
+        return [str(mine), *tiny, *places, "train.device=cpu", "eval.metrics=[fd_clip]", *more]
+
+    return few
+
+
+@pytest.mark.parametrize("what", SMALL)
+def test_what_training_refuses_is_refused_before_it_in_the_same_words(what, few, call, tmp_path):
+    count, captions, more, *parts = SMALL[what]
+    words = few(count, captions, *more)
+    for script in ("prepare.py", "train.py"):
+        assert_refused(call(script, *words, "clip.weights=never-read.pt"), *parts)
+        assert not list(tmp_path.rglob("captions_*"))  # nothing that takes long was begun
+    assert call("prepare.py", *words).stderr == call("train.py", *words).stderr
+
+
+def test_a_small_set_is_prepared_trained_sampled_and_scored_as_it_is(few, call, tmp_path):
+    words = few(20, {})
+    said = "train.batch_size: 18, of 18 training images; nobody set it"
+    for script in ("prepare.py", "train.py"):
+        result = call(script, *words)
+        assert result.returncode == 0 and said in result.stdout.splitlines(), result.stderr
+    (own,) = (tmp_path / "saved").rglob("config.yml")
+    assert config.load(own).train.batch_size == 18  # and goes on with that, however many pictures there are then
+    (state,) = own.parent.glob("state_epoch_001.pth")
+    assert checkpoint.read(state)["config"]["train.batch_size"] == 18
+    assert call("test.py", *words).returncode == 0
+    drawn = call("sample.py", *words[:1], "a picture", *words[-5:-2], "--n", 1, "--out", tmp_path / "drawn")
+    assert drawn.returncode == 0, drawn.stderr
+    assert said not in call("train.py", *words, "train.batch_size=6").stdout

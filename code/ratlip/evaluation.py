@@ -23,6 +23,7 @@ from ratlip.metrics.features import SPACES, MissingWeights, Space, padded
 from ratlip.metrics.metric import Scored
 from ratlip.metrics.reference import Reference
 from ratlip.models.generator import Generator
+from ratlip.paths import full
 from ratlip.sampling import generate, seeded_noise
 
 NOISE_SEED = 0  # sample i is the same image in every evaluation of the same weights
@@ -143,7 +144,7 @@ class Scorer:
         if released and settings.released_npz:
             path = Path(settings.released_npz)
             if not path.is_file():
-                raise UserError(f"eval.released_npz: no file {path}; null makes statistics of the test split")
+                raise UserError(f"eval.released_npz: no file {full(path)}; null makes statistics of the test split")
             expected = {"protocol": space.protocol, "weights": space.checksum}
             return reference.load(path, space, self.device, expected, bare=True)
 
@@ -179,8 +180,7 @@ class Evaluator:
         self.scorer, self.items, self.precision = scorer, items, precision
         settings = scorer.config.eval
         self.batch_size = settings.batch_size
-        self.samples = settings.samples or settings.sample_times * len(items)
-        _need_two(self.samples, "eval.samples")
+        self.samples = check_counts(settings, len(items))
         self.table = captions.CaptionTable([item.captions for item in items])
         with distributed.first_process_first():
             sentences = captions.embed(self.table, scorer.clip, cache_folder(scorer.config.data))
@@ -271,6 +271,21 @@ class Stages:
 def _kinds(names: Sequence[str]) -> list[type]:
     """The classes of these metrics, each once: one class may have several names."""
     return list(dict.fromkeys(METRICS[name] for name in names))
+
+
+def check_counts(settings: EasyDict, images: int) -> int:
+    """How many samples a generator's evaluation draws for so many test images; `settings` is the config's eval group.
+
+    Raises:
+        UserError: too few of either.
+    """
+    samples = settings.samples or settings.sample_times * images
+    kinds = _kinds([name for name in settings.metrics if name in METRICS])
+    stated = {"inception_released"} if settings.released_npz else set()  # spaces whose statistics need no test image
+    if any(kind.against_real and kind.space not in stated for kind in kinds):
+        _need_two(images, "the test split (a tenth where no list names it: have 15 pictures or more)")
+    _need_two(samples, "eval.samples")
+    return samples
 
 
 def _need_two(count: int, what: str) -> None:

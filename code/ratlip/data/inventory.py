@@ -14,6 +14,7 @@ from ratlip.data.journal import Journal, complete
 from ratlip.data.layouts import Item, Problem, open_image, read_items
 from ratlip.data.loader import resize_shorter
 from ratlip.errors import UserError
+from ratlip.paths import command
 
 MAX_LOST = 0.01  # share of a split's items; where more cannot be used, something is wrong with the whole
 NAMED = 3  # of the items that are left out, in the warning
@@ -55,7 +56,7 @@ def take_stock(data: EasyDict, split: str) -> Stock:
     else:
         items, problems = read_items(data.layout, Path(data.dir), split)
     if not items and not problems:
-        raise UserError(f"{data.dir}: the {split} split is empty")
+        raise UserError(f"{data.dir}: the {split} split is empty; have 15 pictures or more, or lists that name some")
     journal = Journal(cache / f"images_{split}.jsonl")
     inputs = [(item.key, _state(item), item) for item in items]
     found = complete(journal, inputs, _size_or_reason, data.num_workers, TOGETHER, f"checking {split} images")
@@ -76,7 +77,7 @@ def usable_items(config: EasyDict, split: str) -> list[Item]:
     """
     stock = take_stock(config.data, split)
     lost = [problem.message for problem in stock.lost]
-    more = f"bash scripts/prepare.sh cfg/{config.name}.yml lists all"
+    more = f"{command('prepare.sh')} cfg/{config.name}.yml lists all"
     if too_many_lost(stock):
         for message in lost[:LISTED]:
             distributed.say(message)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ratlip import distributed
 from ratlip.data import demo
 from ratlip.errors import UserError, first_line
+from ratlip.paths import full
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 MAX_PIXELS = 64_000_000  # of an image; larger ones would take hundreds of megabytes in each worker
@@ -85,7 +86,7 @@ def read_items(layout_name: str, root: Path, split: str) -> tuple[list[Item], li
         layout_name = "folder"
     layout = LAYOUTS[layout_name]
     if not root.is_dir():
-        raise UserError(f"data.dir: no folder {root}; README.md says where each data set comes from")
+        raise UserError(f"data.dir: no folder {full(root)}; README.md says where each data set comes from")
     images = _images_by_key(root) if layout_name == "folder" else None
     keys = _folder_keys(root, split, images) if images is not None else _pickled_keys(root, layout, split)
     boxes = _read_boxes(root / layout.boxes) if layout.boxes else {}
