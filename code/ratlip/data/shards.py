@@ -183,14 +183,14 @@ def _without_repeats(key: str, files: list[File], problems: list) -> list[File]:
     """The files of a key up to where it begins again: a suffix comes again, or other files of it that stand apart
     from a whole sample."""
     used: dict[str, File] = {}
-    last = None
+    last, image, text = None, False, False
     for file in files:
-        whole = any(other.is_image for other in used.values()) and any(other.is_text for other in used.values())
-        apart = whole and (file.is_image or file.is_text) and file.number > last + 1
+        apart = image and text and (file.is_image or file.is_text) and file.number > last + 1
         if file.suffix in used or apart:
             problems.append(["key twice", f"{key} comes twice; used once", False])
             break
         used[file.suffix], last = file, file.number
+        image, text = image or file.is_image, text or file.is_text
     return list(used.values())
 
 
