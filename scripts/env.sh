@@ -71,7 +71,7 @@ ratlip_setup() {
     if ! ratlip_meets "$ratlip_root/.venv/bin/python" "$ratlip_requirements"; then
         if command -v flock >/dev/null; then
             exec 9>"$ratlip_root/.env.lock"
-            flock 9
+            flock 9 2>/dev/null || echo "No file locks here: start no other script before this installation is done." >&2
             ratlip_install || status=$?
             exec 9>&-
         else

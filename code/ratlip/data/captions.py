@@ -103,8 +103,8 @@ def _write(sentences: Tensor, path: Path) -> None:
     try:
         with replacing(path) as file:
             torch.save({"sentences": sentences}, file)
-    except RuntimeError as error:  # torch's words for a full disk
-        raise UserError(f"{path}: cannot be written ({first_line(error)})") from None
+    except RuntimeError as error:  # how torch reports a full disk
+        raise UserError(f"{path}: cannot be written; is the disk full? ({first_line(error)})") from None
 
 
 @torch.no_grad()

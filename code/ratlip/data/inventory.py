@@ -91,7 +91,7 @@ def usable_items(config: EasyDict, split: str) -> list[Item]:
     lost = [problem.message for problem in stock.lost]
     more = f"bash scripts/prepare.sh cfg/{config.name}.yml lists all"
     if too_many_lost(stock) or not stock.items:
-        for problem in stock.problems[:LISTED]:
+        for problem in sorted(stock.problems, key=lambda problem: not problem.lost)[:LISTED]:
             distributed.say(problem.message)
         if len(stock.problems) > LISTED:
             distributed.say(f"and {len(stock.problems) - LISTED} more; {more}")
