@@ -310,6 +310,23 @@ def test_an_empty_txt_leaves_the_word_to_json(tmp_path):
     assert shards.index(tar(tmp_path / "x.tar", members))[0][0][2] == ["one"]
 
 
+def test_names_that_are_not_utf8(words, tmp_path, call):
+    """As unpacked on an old Windows, and packed again."""
+    names = [f"caf\udce9_{n}" for n in NUMBERS]
+    files = [("caf\udce9.cls", b"x")]
+    files += [file for name in names for file in ((f"{name}.jpg", encoded((9, 8, 7))), (f"{name}.txt", b"a caption"))]
+    with tarfile.open(tmp_path / "old.tar", "w", format=tarfile.GNU_FORMAT) as file:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    more = words(f"data.dir={tmp_path}/old.tar", "data.test_dir=null")
+    result = call("prepare.py", *more, "--resize")
+    assert result.returncode == 0, result.stderr
+    assert f"no sample  {tmp_path}/old.tar: caf\ufffd has neither an image" in result.stdout
+    assert [item.image.suffix for item in items_of(more)] == [".bmp"] * 27
+
+
 def test_linked_files_in_a_shard(tmp_path):
     """As tar stores a file that lies twice on the disk under one number."""
     with tarfile.open(tmp_path / "x.tar", "w") as file:

@@ -68,7 +68,9 @@ def read_shards(data: EasyDict, split: str, cache: Path) -> tuple[list[Item], li
     for (name, _, shard), (samples, wrong) in zip(inputs, found, strict=True):
         below = name.removesuffix(".tar")
         items += [Item(f"{below}/{own}", shard, captions, span=tuple(span)) for own, span, captions in samples]
-        problems += [Problem(kind, f"{shard}: {message}", lost) for kind, message, lost in wrong]
+        for kind, message, lost in wrong:
+            legible = message.encode(errors="surrogateescape").decode(errors="replace")  # of names that are not UTF-8
+            problems.append(Problem(kind, f"{shard}: {legible}", lost))
     if not data.test_dir:
         chosen = set(held_out([item.key for item in items], split))
         problems = problems if split == "train" or not items else []  # each is told once
@@ -104,7 +106,7 @@ def index(shard: Path) -> list[list]:
     """
     samples, problems = [], []
     try:
-        with tarfile.open(shard, "r:") as tar, open(shard, "rb") as content:
+        with tarfile.open(shard, "r:", encoding="utf-8") as tar, open(shard, "rb") as content:
             members = list(_members(tar, problems))
             _check_end(tar, content)
             groups = max((_grouped(members, parts) for parts in (None, 1, 2)), key=_value)  # the first of the best
