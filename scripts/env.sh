@@ -103,7 +103,7 @@ ratlip_setup() {
         fi
         if command -v flock >/dev/null; then
             exec 9>"$ratlip_root/.env.lock"
-            flock 9
+            flock 9 2>/dev/null || echo "No file locks here: start no other script before this installation is done." >&2
             ratlip_install "$why" || status=$?
             exec 9>&-
         else

@@ -153,6 +153,17 @@ def test_no_python(bare, tmp_path):
     assert "ready" not in result.stdout
 
 
+def test_no_file_locks(bare, tmp_path):
+    """As flock says on a file system that has none: it goes on, and says what to keep in mind."""
+    path = tools(tmp_path / "bin")
+    (path / "flock").unlink()
+    (path / "flock").write_text("#!/bin/sh\necho 'flock: 9: Function not implemented' >&2\nexit 1\n")
+    (path / "flock").chmod(0o755)
+    (path / "sh").symlink_to("/bin/sh")
+    first, last = bare(path).stderr.splitlines()
+    assert first.startswith("No file locks here") and last.startswith("error: no Python 3.10 or later found")
+
+
 def test_no_internet_for_the_packages_and_an_interrupted_install(bare, tmp_path):
     base = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}"
     path = tools(tmp_path / "bin", ("python3", str(base)))

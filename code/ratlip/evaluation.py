@@ -26,6 +26,7 @@ from ratlip.models.generator import Generator
 from ratlip.paths import full
 from ratlip.sampling import generate, seeded_noise
 
+MISSING = "missing"  # of a file of statistics
 NOISE_SEED = 0  # sample i is the same image in every evaluation of the same weights
 
 
@@ -157,7 +158,10 @@ class Scorer:
         path = folder / f"{space.statistics}_test_{imsize}_{len(pictures)}.npz"
         facts = {"protocol": protocol, "weights": space.checksum, "count": len(pictures)}
         facts["pictures"] = reference.fingerprint(items)
-        if distributed.same(str(path.is_file())) == "False":  # one answer for all, while the first may be writing
+        reason = distributed.same(reference.outdated(path, facts) if path.is_file() else MISSING)
+        if reason:  # the first process's answer for all: it may be writing already
+            if reason != MISSING:
+                distributed.say(f"{path}: {reason}; measured anew")
             measured = reference.measure(pictures, *loading, "")
             reference.save(path, measured, space, protocol, facts["pictures"])
             distributed.same("")  # the file is there for everybody

@@ -7,7 +7,7 @@ from easydict import EasyDict
 from ratlip import build, device, distributed
 from ratlip.clip_towers import FrozenClip
 from ratlip.data import captions
-from ratlip.data.inventory import MAX_LOST, Stock, cache_folder, loss, take_stock, too_many_lost, write_copies
+from ratlip.data.inventory import Stock, cache_folder, refusal, take_stock, too_many_lost, write_copies
 from ratlip.data.layouts import Item, Problem
 from ratlip.data.loader import BATCH_SIZE, batch_size_for
 from ratlip.errors import UserError
@@ -30,14 +30,12 @@ def check(config: EasyDict) -> dict[str, list[Item]]:
     for key in sorted(keys["train"] & keys["test"]):
         problem = Problem("key in both splits", f"{config.data.dir}: train and test both list {key!r}", lost=False)
         stocks["test"].problems.append(problem)
-    problems = [problem for stock in stocks.values() for problem in stock.problems]
-    for problem in problems:
+    for problem in dict.fromkeys(problem for stock in stocks.values() for problem in stock.problems):
         print(f"{problem.kind}  {problem.message}")
     print(table(list(stocks.values())))
     for stock in stocks.values():
-        if too_many_lost(stock):
-            share = f"{loss(stock)}, more than {MAX_LOST:.0%}"
-            raise UserError(f"{config.data.dir}: {share}: training would not begin; mend or remove them")
+        if too_many_lost(stock) or not stock.items:
+            raise refusal(config.data, stock)
     items = {split: stock.items for split, stock in stocks.items()}
     check_size(config, items)
     return items

@@ -2,10 +2,12 @@
 
 import fcntl
 import hashlib
+import os
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -14,8 +16,8 @@ from tqdm import tqdm
 
 from ratlip import checkpoint, distributed
 from ratlip.clip_towers import FrozenClip
-from ratlip.data.journal import READ_ONLY
-from ratlip.errors import UserError
+from ratlip.disk import cannot_write, replacing
+from ratlip.errors import UserError, first_line
 
 EMBED_BATCH = 256
 
@@ -64,7 +66,8 @@ def embed(table: CaptionTable, clip: FrozenClip, cache: Path | None = None) -> T
 
     Args:
         cache: folder that keeps them. A file is named by a hash of the CLIP weights and the captions, so that
-            one made by another CLIP or from other captions is never used. An interruption costs one batch.
+            one made by another CLIP or from other captions is never used. An interruption costs one batch. Of
+            several runs at once one encodes and the others wait; on a file system without locks all encode.
     """
     distinct = sorted(set(table.texts))
     place = {text: i for i, text in enumerate(distinct)}
@@ -77,14 +80,15 @@ def embed(table: CaptionTable, clip: FrozenClip, cache: Path | None = None) -> T
         return sentences
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with open(rows, "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be at it, and is then waited for
+        with open(os.open(rows, os.O_RDWR | os.O_CREAT, 0o666), "rb+") as file:
+            with suppress(OSError):  # without locks: each then writes the same rows to the same places
+                fcntl.flock(file, fcntl.LOCK_EX)  # another run may be at it, and is then waited for
             if (sentences := _read(path, len(order))) is None:
-                sentences = _encode(distinct, clip, rows)[order]
-                checkpoint.save({"sentences": sentences}, path)
+                sentences = _encode(distinct, clip, file)[order]
+                _write(sentences, path)
             rows.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(READ_ONLY.format(rows, error.strerror)) from None
+        raise cannot_write(rows, error) from None
     return sentences
 
 
@@ -97,28 +101,46 @@ def _read(path: Path, count: int) -> Tensor | None:
     return sentences if len(sentences) == count else None
 
 
+def _write(sentences: Tensor, path: Path) -> None:
+    try:
+        with replacing(path) as file:
+            torch.save({"sentences": sentences}, file)
+    except RuntimeError as error:  # how torch reports a full disk
+        raise UserError(f"{path}: cannot be written; is the disk full? ({first_line(error)})") from None
+
+
 @torch.no_grad()
-def _encode(texts: Sequence[str], clip: FrozenClip, rows: Path | None) -> Tensor:
+def _encode(texts: Sequence[str], clip: FrozenClip, rows: BinaryIO | None) -> Tensor:
     """Sentence embeddings (R, E) of texts; those that the file `rows` holds are taken from it, new ones go there."""
     embedded = torch.empty(len(texts), clip.embedding_dim)
     done = 0
-    if rows and rows.is_file():
-        found = np.fromfile(rows, np.float32)
-        done = len(found) // clip.embedding_dim // EMBED_BATCH * EMBED_BATCH
-        embedded[:done] = torch.from_numpy(found[: done * clip.embedding_dim]).view(done, clip.embedding_dim)
+    if rows:
+        found = _encoded(rows, clip.embedding_dim)[: len(texts)]
+        done = len(found)
+        embedded[:done] = torch.from_numpy(found)
+        rows.seek(found.nbytes)
     quiet = distributed.rank() > 0 or None  # None: no bar where there is no terminal
     bar = tqdm(total=len(texts), initial=done, desc="caption embeddings", unit="caption", leave=False, disable=quiet)
-    with bar, open(rows, "ab") if rows else nullcontext() as file:
-        if file:
-            file.truncate(done * clip.embedding_dim * 4)
+    with bar:
         for i in range(done, len(texts), EMBED_BATCH):
             batch = texts[i : i + EMBED_BATCH]
             embedded[i : i + len(batch)] = clip.text(clip.tokenize(batch).to(clip.mean.device))[0]
-            if file:
-                file.write(embedded[i : i + len(batch)].numpy().tobytes())
-                file.flush()
+            if rows:
+                rows.write(embedded[i : i + len(batch)].numpy().tobytes())
+                rows.flush()
             bar.update(len(batch))
     return embedded
+
+
+def _encoded(rows: BinaryIO, dim: int) -> np.ndarray:
+    """The whole batches of embeddings (R, dim) that a file begins with, as far as they were written.
+
+    Rows of zeros were not: another run writes them, or the machine went down before they reached the disk.
+    """
+    found = np.fromfile(rows, np.float32)
+    found = found[: len(found) // dim * dim].reshape(-1, dim)
+    written = np.append(found.any(axis=1), False).argmin()  # up to the first that is all zero
+    return found[: written // EMBED_BATCH * EMBED_BATCH]
 
 
 def _fingerprint(texts: Sequence[str], clip: FrozenClip) -> str:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ratlip.augment import shift
 from ratlip.data.captions import CaptionTable
-from ratlip.data.layouts import Item, open_image
+from ratlip.data.layouts import Item, open_image, open_plain
 from ratlip.errors import UserError
 from ratlip.stopping import ignore_signals
 
@@ -184,7 +184,7 @@ class EnlargedTestImages(Dataset):
 
 
 class Pictures(Dataset):
-    """Picture files as they are, each in its own size. Gives (image, number)."""
+    """Picture files as torch-fidelity reads them, each in its own size. Gives (image, number)."""
 
     def __init__(self, paths: Sequence[Path]):
         self.paths = paths
@@ -193,8 +193,7 @@ class Pictures(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path = self.paths[index]
-        return to_tensor(open_image(Item(path.name, path, []))), index
+        return to_tensor(open_plain(self.paths[index])), index
 
 
 def same_size_batches(samples: Sequence[tuple[Tensor, int]]) -> list[tuple[Tensor, Tensor]]:
