@@ -1,12 +1,14 @@
 """What `prepare.sh` does to a data set before training: checks it, then computes what training and scoring need."""
 
 from collections import Counter
+from pathlib import Path
 
 from easydict import EasyDict
 
 from ratlip import build, device
 from ratlip.clip_towers import FrozenClip
 from ratlip.data import captions
+from ratlip.data.folder import write_folder_captions
 from ratlip.data.inventory import MAX_LOST, Stock, cache_folder, loss, take_stock, too_many_lost, write_copies
 from ratlip.data.layouts import Item, Problem
 from ratlip.errors import UserError
@@ -38,6 +40,13 @@ def check(config: EasyDict) -> dict[str, list[Item]]:
             share = f"{loss(stock)}, more than {MAX_LOST:.0%}"
             raise UserError(f"{config.data.dir}: {share}: training would not begin; mend or remove them")
     return {split: stock.items for split, stock in stocks.items()}
+
+
+def caption_by_folders(config: EasyDict, template: str) -> None:
+    """Write captions for pictures that have none: the name of each one's folder, in the place of {} in `template`."""
+    if config.data.layout != "folder":
+        raise UserError(f"--captions-from-folders: data.layout is {config.data.layout}; it is for folder")
+    print(f"captions            {write_folder_captions(Path(config.data.dir), template)}")
 
 
 def table(stocks: list[Stock]) -> str:

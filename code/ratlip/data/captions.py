@@ -120,7 +120,7 @@ def _encode(texts: Sequence[str], clip: FrozenClip, rows: Path | None) -> Tensor
 
 
 def _fingerprint(texts: Sequence[str], clip: FrozenClip) -> str:
-    digest = hashlib.sha256("\n".join(texts).encode())
+    digest = hashlib.sha256("\n".join(texts).encode(errors="surrogateescape"))
     for name, weight in clip.clip.state_dict().items():
         if not name.startswith("visual."):
             digest.update(weight.cpu().numpy().tobytes())

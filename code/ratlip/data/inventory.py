@@ -9,7 +9,9 @@ from typing import NamedTuple
 from easydict import EasyDict
 
 from ratlip import distributed
-from ratlip.data import shards
+from ratlip.data import parquet, shards
+from ratlip.data.files import counted
+from ratlip.data.items import LEFT_OUT
 from ratlip.data.journal import Journal, complete
 from ratlip.data.layouts import Item, Problem, open_image, read_items
 from ratlip.data.loader import resize_shorter
@@ -36,8 +38,9 @@ class Stock(NamedTuple):
 
 
 def cache_folder(data: EasyDict) -> Path:
-    """Where what is found out about a data set is kept: `cache` in its folder, or in its shards' folder."""
-    return (shards.folder(data.dir) if data.layout == "webdataset" else Path(data.dir)) / "cache"
+    """Where what is found out about a data set is kept: `cache` in its folder, or in that of its shards or files."""
+    files = data.layout in ("webdataset", "parquet") and not Path(data.dir).is_dir()
+    return (shards.folder(data.dir) if files else Path(data.dir)) / "cache"
 
 
 def take_stock(data: EasyDict, split: str) -> Stock:
@@ -52,6 +55,8 @@ def take_stock(data: EasyDict, split: str) -> Stock:
     cache = cache_folder(data)
     if data.layout == "webdataset":
         items, problems = shards.read_shards(data, split, cache)
+    elif data.layout == "parquet":
+        items, problems = parquet.read_parquet(data, split, cache)
     else:
         items, problems = read_items(data.layout, Path(data.dir), split)
     if not items and not problems:
@@ -83,6 +88,8 @@ def usable_items(config: EasyDict, split: str) -> list[Item]:
         if len(lost) > LISTED:
             distributed.say(f"and {len(lost) - LISTED} more; {more}")
         raise UserError(f"{config.data.dir}: {loss(stock)}, more than {MAX_LOST:.0%}; the first: {lost[0]}; {more}")
+    if left_out := [problem.message for problem in stock.problems if problem.kind == LEFT_OUT]:
+        distributed.say(f"left out: {counted([message.partition(': ')[0] for message in left_out])}; {more}")
     if lost:
         named = "; ".join(lost[:NAMED])
         distributed.say(f"warning: {loss(stock)} and left out: {named}{'; ' + more if len(lost) > NAMED else ''}")

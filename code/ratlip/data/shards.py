@@ -8,9 +8,10 @@ from pathlib import Path
 
 from easydict import EasyDict
 
+from ratlip.data.items import Item, Problem, held_out
 from ratlip.data.journal import Journal, complete
-from ratlip.data.layouts import Item, Problem, held_out, read_captions
 from ratlip.errors import UserError, first_line
+from ratlip.text import read_captions
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp")
 

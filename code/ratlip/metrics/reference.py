@@ -60,7 +60,7 @@ def measure(pictures: Dataset, space: Space, device: torch.device, batch_size: i
 def fingerprint(items: Sequence[Item]) -> str:
     """16 digits that change when the pictures of a split do: their keys, file sizes and boxes."""
     lines = [f"{item.key}\t{item.image.stat().st_size}\t{item.box}" for item in items]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def save(path: Path, reference: Reference, space: Space, protocol: str, pictures: str) -> None:
