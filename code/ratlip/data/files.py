@@ -17,13 +17,15 @@ from ratlip.text import readable
 # Formats that Pillow knows by their first bytes but cannot decode, or by another program (Ghostscript) only.
 NOT_DECODED = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
 HIDDEN = {"__macosx", "@eadir", "thumbs.db", "desktop.ini"}  # beside names that begin with a dot
+OWN = ("cache", "stats")  # folders of a data set that this program makes
 NAMED = 3  # files of a kind in a line
 
 
 class Listing(NamedTuple):
     """What lies below a folder. Paths are relative to it, with "/", in the order of their parts."""
 
-    files: list[str]
+    pictures: list[str]
+    others: list[str]
     hidden: int  # files and folders that were passed over
     broken: dict[str, str]  # what could not be followed or read, and why
     loops: list[str]  # links to a folder that they lie in, which are not followed
@@ -31,7 +33,7 @@ class Listing(NamedTuple):
 
 def list_files(folder: Path, without: Sequence[str] = ()) -> Listing:
     """All files below a folder, through links; hidden ones, and the folders `without`, are passed over."""
-    files, hidden, broken, loops = [], 0, {}, []
+    pictures, others, hidden, broken, loops = [], [], 0, {}, []
     left = [("", os.path.realpath(folder), ())]  # path below `folder`, where it really is, and the folders around it
     quiet = distributed.rank() > 0 or None  # None: no bar where there is no terminal
     with tqdm(desc=f"listing {readable(str(folder))}", unit="file", leave=False, disable=quiet) as bar:
@@ -56,11 +58,13 @@ def list_files(folder: Path, without: Sequence[str] = ()) -> Listing:
                     place = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
                     left.append((path + "/", place, (*above, real)))
                 elif _is(entry.is_file):
-                    files.append(path)
+                    (pictures if is_picture(path) else others).append(path)
                 else:
                     broken[path] = "the link leads nowhere" if entry.is_symlink() else "no file"
             bar.update(len(entries))
-    return Listing(sorted(files, key=lambda path: path.split("/")), hidden, dict(sorted(broken.items())), sorted(loops))
+    for files in (pictures, others):
+        files.sort(key=lambda path: path.replace("/", "\0"))  # as a list of its parts would be, only sooner
+    return Listing(pictures, others, hidden, dict(sorted(broken.items())), sorted(loops))
 
 
 def _is(question) -> bool:
@@ -79,7 +83,12 @@ def picture_suffixes() -> frozenset[str]:
 
 def is_picture(name: str) -> bool:
     """Whether a file's suffix is that of a picture."""
-    return os.path.splitext(name)[1].lower() in picture_suffixes()
+    return name[name.rfind(".") :].lower() in picture_suffixes()
+
+
+def stem(path: str) -> str:
+    """The path of a picture or text without its suffix."""
+    return path[: path.rfind(".")]
 
 
 def counted(names: Sequence[str], noun: str = "file") -> str:
@@ -99,19 +108,14 @@ def find_pictures(folder: Path) -> list[Path]:
         UserError: there are none.
     """
     listing = list_files(folder)
-    pictures = [name for name in listing.files if is_picture(name)]
-    stems = {os.path.splitext(name)[0] for name in pictures}
-    others = [
-        name
-        for name in listing.files
-        if not is_picture(name) and not (name.lower().endswith(".txt") and os.path.splitext(name)[0] in stems)
-    ]
+    stems = {stem(name) for name in listing.pictures}
+    others = [name for name in listing.others if not (name.lower().endswith(".txt") and stem(name) in stems)]
     notes = [f"left out: {counted(others)}"] if others else []
     notes += [f"{name}: {reason}" for name, reason in listing.broken.items()]
     notes += [f"{listing.hidden:,} hidden files or folders passed over"] if listing.hidden else []
-    if not pictures:
+    if not listing.pictures:
         more = f"; {'; '.join(notes)}" if notes else ""
         raise UserError(f"{folder}: no pictures below it, of a kind that Pillow decodes{more}")
     if notes:
-        distributed.say(f"{folder}: {len(pictures):,} pictures; {'; '.join(notes)}")
-    return [folder / name for name in pictures]
+        distributed.say(f"{folder}: {len(listing.pictures):,} pictures; {'; '.join(notes)}")
+    return [folder / name for name in listing.pictures]

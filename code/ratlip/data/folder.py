@@ -11,14 +11,13 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from ratlip import distributed
-from ratlip.data.files import Listing, counted, is_picture, list_files
-from ratlip.data.forms import BESIDE, IN_TEXT, LISTS, Tables, TextFiles, caption_forms, stem
+from ratlip.data.files import OWN, Listing, counted, list_files, stem
+from ratlip.data.forms import BESIDE, IN_TEXT, LISTS, Tables, TextFiles, caption_forms
 from ratlip.data.items import LEFT_OUT, Item, Problem, held_out
 from ratlip.data.tables import TABLE, read_table
 from ratlip.errors import UserError
 from ratlip.text import canonical, lines_of, read_text, readable
 
-OWN = ("cache", "stats")  # folders of a data set that this program makes
 TEST_FOLDERS = ("test", "validation", "valid", "val")  # the first of them there is, beside one for training
 COMMON = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}  # of two pictures of one name these are preferred
 LIKELY = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".caption", ".token", ".xlsx")  # what may hold captions
@@ -78,7 +77,7 @@ def _how_it_is_read(
     listing: Listing, top: str, files: Sequence[str], forms: Sequence[str], outside: Sequence[str]
 ) -> str:
     """In a line: how many pictures, where their captions are, and what else there is that nobody reads."""
-    elsewhere = [name for name in listing.files if is_picture(name) and not name.startswith(top)]
+    elsewhere = [name for name in listing.pictures if not name.startswith(top)]
     notes = [f"{len(files):,} pictures, {forms[0]}"]
     notes += [f"not read: {', '.join(forms[1:])}"] if forms[1:] else []
     notes += [f"in neither split: {counted(outside, 'picture')}"] if outside else []
@@ -118,10 +117,10 @@ def write_folder_captions(root: Path, template: str) -> Path:
 
 def _pictures_in(root: Path, listing: Listing) -> tuple[str, list[str]]:
     """The folder that all pictures are taken from ("images/", or "": the whole), and their paths."""
-    files = [name for name in listing.files if is_picture(name)]
+    files = listing.pictures
     if not files:
         others = {"parquet": ".parquet", "webdataset": ".tar"}
-        hints = [layout for layout, suffix in others.items() if any(name.endswith(suffix) for name in listing.files)]
+        hints = [layout for layout, suffix in others.items() if any(name.endswith(suffix) for name in listing.others)]
         more = f"; its {others[hints[0]]} files are for data.layout={hints[0]}" if hints else ""
         more += "".join(f"; {name}: {reason}" for name, reason in [*listing.broken.items()][:1])
         raise UserError(f"{root / 'images'}: no pictures there, nor elsewhere in {root}{more}")
@@ -131,7 +130,7 @@ def _pictures_in(root: Path, listing: Listing) -> tuple[str, list[str]]:
 
 def _no_captions(root: Path, listing: Listing, files: Sequence[str]) -> str:
     """What to say of pictures alone."""
-    likely = [name for name in listing.files if name.lower().endswith(LIKELY) and name not in LISTS.values()]
+    likely = [name for name in listing.others if name.lower().endswith(LIKELY) and name not in LISTS.values()]
     for name in likely:
         if TABLE.fullmatch(posixpath.basename(name).lower()):
             next(read_table(root / name), None)  # raises what keeps it from being one
@@ -155,7 +154,9 @@ def _by_key(root: Path, top: str, files: Sequence[str], apart: bool) -> Pictures
             groups.setdefault(canonical(file), []).append(file)
     chosen, problems = {}, []
     for name, group in groups.items():
-        first, *others = sorted(group, key=lambda file: os.path.splitext(file)[1].lower() not in COMMON)
+        first, *others = group
+        if others:
+            first, *others = sorted(group, key=lambda file: os.path.splitext(file)[1].lower() not in COMMON)
         suffixed = name == canonical(first)
         chosen[readable((first if suffixed else stem(first))[len(top) :])] = first
         problems += [Problem("key twice", f"{root / other}: the key of {root / first}, which is used", lost=False)
@@ -209,7 +210,7 @@ def _own_splits(pictures: Pictures, of_files: dict[str, str]) -> dict[str, str]:
 def _left_out(root: Path, listing: Listing, top: str, forms: dict[str, list[str]]) -> list[Problem]:
     """Every file among the pictures that is neither picture nor caption, and links that were not followed."""
     read = {name for names in forms.values() for name in names}.union(LISTS.values())
-    others = [name for name in listing.files if name.startswith(top) and not is_picture(name) and name not in read]
+    others = [name for name in listing.others if name.startswith(top) and name not in read]
     problems = [Problem(LEFT_OUT, f"{root / name}: no picture that Pillow decodes", lost=False) for name in others]
     problems += [
         Problem(LEFT_OUT, f"{root / name}: a link to a folder that it lies in itself", lost=False)

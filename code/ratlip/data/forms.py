@@ -1,12 +1,11 @@
 """The forms in which people keep the captions of a folder of pictures: which of them are there, and what they say."""
 
-import os
 import posixpath
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ratlip.data.files import Listing
+from ratlip.data.files import Listing, stem
 from ratlip.data.items import Problem
 from ratlip.data.tables import READERS, TABLE, Malformed, form_of, read_table
 from ratlip.text import canonical, read_captions, readable
@@ -17,11 +16,6 @@ IN_TEXT, BESIDE = "captions in text/", "captions beside them"  # the forms that 
 COCO = re.compile(r"captions_(train|val)(.*)\.json")
 
 
-def stem(path: str) -> str:
-    """A path without its suffix."""
-    return os.path.splitext(path)[0]
-
-
 def caption_forms(root: Path, listing: Listing, top: str, pictures: Sequence[str]) -> dict[str, list[str]]:
     """The forms in which there are captions, the one that is read first, and the files of each.
 
@@ -29,10 +23,10 @@ def caption_forms(root: Path, listing: Listing, top: str, pictures: Sequence[str
         root: the data set's folder. top: the folder below it that all pictures are in, "images/" or "".
         pictures: their paths below `root`.
     """
-    texts = [name for name in listing.files if name.lower().endswith(TEXTS) and name not in LISTS.values()]
+    texts = [name for name in listing.others if name.lower().endswith(TEXTS) and name not in LISTS.values()]
     found: dict[str, list[str]] = {form: [] for form in (IN_TEXT, *READERS, BESIDE)}
     found[IN_TEXT] = [name for name in texts if top and name.startswith("text/")]
-    for name in listing.files:
+    for name in listing.others:
         if TABLE.fullmatch(posixpath.basename(name).lower()) and (form := form_of(root / name)):
             found[form].append(name)
     tables = {name for names in found.values() for name in names}
@@ -62,7 +56,8 @@ class TextFiles:
         path = next((self.files[name] for name in map(canonical, (stem(own), own)) if name in self.files), None)
         if path is None:
             return Problem("missing captions", f"{self.root / self.folder / stem(own)}.txt: no such caption file")
-        captions = read_captions((self.root / path).read_bytes())
+        with open(f"{self.root}/{path}", "rb") as file:
+            captions = read_captions(file.read())
         return captions or Problem("empty captions", f"{self.root / path}: holds no caption, or no text")
 
     def problems(self, split: str, pictures: Sequence[str], listed: set[str]) -> list[Problem]:

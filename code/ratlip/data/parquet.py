@@ -8,7 +8,7 @@ from pathlib import Path
 
 from easydict import EasyDict
 
-from ratlip.data.files import list_files
+from ratlip.data.files import OWN, list_files
 from ratlip.data.items import Item, Problem, held_out
 from ratlip.data.journal import READ_ONLY, Journal, complete
 from ratlip.data.tables import CAPTIONS, texts_in
@@ -67,7 +67,7 @@ def read_parquet(data: EasyDict, split: str, cache: Path) -> tuple[list[Item], l
 def list_parquet(setting: str, place: str) -> list[Path]:
     """The files of a file, a folder or a pattern with *; `setting` is where it was given."""
     if Path(place).is_dir():
-        files = [Path(place, name) for name in list_files(Path(place), ["cache", "stats"]).files]
+        files = [Path(place, name) for name in list_files(Path(place), OWN).others]
     else:
         files = [Path(name) for name in sorted(glob.glob(place, recursive=True))]
     files = [file for file in files if file.suffix == ".parquet"]
