@@ -107,7 +107,8 @@ def _read_csv(path: Path) -> Iterator[Row | Malformed]:
         )
     delimiter, width, name, caption = found
     quoting = csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL  # as Flickr30k's, whose captions have quotes
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, skipinitialspace=True)
+    space = " " if f"{delimiter} " in header else ""  # after each delimiter
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, skipinitialspace=bool(space))
     csv.field_size_limit(LARGEST_CELL)
     try:
         begun = False  # empty lines may stand before the header
@@ -116,7 +117,7 @@ def _read_csv(path: Path) -> Iterator[Row | Malformed]:
                 begun = begun or any(cell.strip() for cell in cells)
                 continue
             if len(cells) > width and caption == width - 1:  # a caption with commas that nobody put in quotes
-                cells = [*cells[: width - 1], delimiter.join(cells[width - 1 :])]
+                cells = [*cells[: width - 1], (delimiter + space).join(cells[width - 1 :])]
             if len(cells) != width or not cells[name].strip():
                 yield Malformed(rows.line_num, f"{len(cells)} cells, where the header has {width}"
                                 if len(cells) != width else "no name of a picture")  # fmt: skip
