@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "code")]
 
-LISTING = ("list", "check", "check again")
+LISTING = ("listed, s", "checked, s", "again, s")
 EXAMPLE = """example:
   source scripts/env.sh && python benchmarks/speed.py --what sample --batch 1 8 --rounds 5
   python benchmarks/speed.py --what train --batch 4
@@ -93,10 +93,10 @@ def main() -> None:
         for rival in rivals:
             compare(words, batch, rival)
     if words.what == "data":
-        print(f"\n{'pictures':>10}" + "".join(f"  {column:>12}" for column in LISTING))
+        print(f"\n{'pictures':>10}" + "".join(f"  {column:>12}  {'CPU s':>6}" for column in LISTING))
         for count in words.pictures:
-            seconds = listing(count)
-            print(f"{count:>10,}" + "".join(f"  {seconds[column]:>12.2f}" for column in LISTING), flush=True)
+            cells = (f"  {clock:>12.2f}  {processor:>6.2f}" for clock, processor in listing(count))
+            print(f"{count:>10,}" + "".join(cells), flush=True)
 
 
 def at_least_one(text: str) -> int:
@@ -322,8 +322,8 @@ def data_calls() -> dict[str, Callable[[], object]]:
     return made
 
 
-def listing(count: int) -> dict[str, float]:
-    """Seconds to list a folder of so many pictures with captions, both splits; to decode them besides, as a run does
+def listing(count: int) -> list[tuple[float, float]]:
+    """Seconds by the clock, and of processor time, to list a folder of so many pictures with captions, both splits; to decode them besides, as a run does
     when it begins for the first time; and when it begins, or goes on, after that."""
     import io
     from contextlib import redirect_stdout
@@ -337,7 +337,7 @@ def listing(count: int) -> dict[str, float]:
     content = io.BytesIO()
     Image.new("RGB", (1, 1)).save(content, "PNG")
     settings = config.EasyDict(config.unflatten(config.default_settings())).data
-    splits, seconds = ("train", "test"), {}
+    seconds = []
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         for number in range(count):
             for kind, suffix in (("images", "png"), ("text", "txt")):
@@ -346,13 +346,12 @@ def listing(count: int) -> dict[str, float]:
                     path.parent.mkdir(parents=True)
                 path.write_bytes(content.getvalue() if kind == "images" else b"picture number %d" % number)
         settings.update(dir=folder, num_workers=0)
-        calls = {"list": lambda split: read_items("folder", Path(folder), split)}
-        calls |= dict.fromkeys(("check", "check again"), lambda split: take_stock(settings, split))
-        for column, call in calls.items():
-            start = time.perf_counter()
-            for split in splits:
+        check = functools.partial(take_stock, settings)
+        for call in (functools.partial(read_items, "folder", Path(folder)), check, check):
+            start = time.perf_counter(), time.process_time()
+            for split in ("train", "test"):
                 call(split)
-            seconds[column] = time.perf_counter() - start
+            seconds.append((time.perf_counter() - start[0], time.process_time() - start[1]))
     return seconds
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from easydict import EasyDict
 
-from ratlip.data.files import OWN, list_files
+from ratlip import distributed
+from ratlip.data.files import OWN, counted, list_files
 from ratlip.data.items import Item, Problem, held_out
 from ratlip.data.journal import READ_ONLY, Journal, complete
 from ratlip.data.tables import CAPTIONS, texts_in
@@ -57,6 +58,10 @@ def read_parquet(data: EasyDict, split: str, cache: Path) -> tuple[list[Item], l
             else:
                 key = f"{name.removesuffix('.parquet')}/{row}"
                 items.append(Item(key, unpacked, captions, span=tuple(span)))
+    if split == "train":
+        outside = [name for name in names if own and own[name] is None]
+        note = f"; in neither split: {counted(outside)}" if outside else ""
+        distributed.say(f"{data.dir}: pictures and captions in {counted([name for name, *_ in inputs])}{note}")
     if not own and not data.test_dir:
         chosen = set(held_out([item.key for item in items], split))
         items = [item for item in items if item.key in chosen]
