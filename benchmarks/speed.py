@@ -323,8 +323,8 @@ def data_calls() -> dict[str, Callable[[], object]]:
 
 
 def listing(count: int) -> list[tuple[float, float]]:
-    """Seconds by the clock, and of processor time, to list a folder of so many pictures with captions, both splits; to decode them besides, as a run does
-    when it begins for the first time; and when it begins, or goes on, after that."""
+    """Seconds by the clock, and of processor time: to list a folder of so many pictures with captions, both splits; to
+    decode them besides, as when a run begins for the first time; and when one begins, or goes on, after that."""
     import io
     from contextlib import redirect_stdout
 
