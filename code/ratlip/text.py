@@ -26,8 +26,11 @@ def decode_text(content: bytes) -> str:
     Raises:
         ValueError: it is no text: NUL bytes, or control characters all over.
     """
-    encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), None)
-    text = content.decode(encoding or _unmarked(content))
+    if content.isascii() and b"\0" not in content:  # most of all, and sooner
+        text = content.decode("ascii")
+    else:
+        encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), None)
+        text = content.decode(encoding or _unmarked(content))
     if "\0" in text or len(CONTROL.findall(text)) > MOST_CONTROL * len(text):
         raise ValueError("no text")
     return text

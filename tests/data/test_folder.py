@@ -500,7 +500,8 @@ def latin1(root: Path) -> Path:
 
 
 def test_names_that_are_not_utf_8_work_everywhere(tmp_path, words, call):
-    root = latin1(tmp_path / "data")
+    """Of the pictures, and of the folder that they are in."""
+    root = latin1(tmp_path / os.fsdecode(LATIN))
     folder = root / "images"
     for script, *more in (
         ["prepare.py", "--resize"],
@@ -508,7 +509,7 @@ def test_names_that_are_not_utf_8_work_everywhere(tmp_path, words, call):
         ["train.py", "train.resume=auto", "train.max_epoch=2"],
         ["test.py", "--images", folder, "--against", folder],
     ):
-        result = call(script, *words(root), *more)
+        result = call(script, *words(tmp_path), f"data.dir={root}", *more)
         assert result.returncode == 0 and "Traceback" not in result.stderr, (script, result.stderr)
     assert row(result.stdout, "images") == [str(COUNT)]
 
