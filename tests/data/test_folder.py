@@ -169,14 +169,16 @@ def test_prepare_reads_forms(form, tmp_path, words, call):
     assert row(result.stdout, "captions") == [str(2 * count) for count in counts]
 
 
-def test_lists_split_any_form(tmp_path):
+def test_lists_split_any_form(tmp_path, capsys):
     """Keys as people list them: with a suffix, with images/ before them, with Windows' slashes."""
     root = build(tmp_path, "jsonl, Windows")
+    pictures(root / "images/a", ["unlisted.png"])
     lines = [f"a\\{name}" if number % 2 else f"images/a/{name[:3]}" for number, name in enumerate(TRAIN)]
     write(root / "train.txt", "\n".join(lines))
     write(root / "test.txt", "\n".join(f"a/{name}" for name in TEST))
     _, keys, problems = read(root)
     assert keys == {"train": [f"a/{n[:3]}" for n in TRAIN], "test": [f"a/{n[:3]}" for n in TEST]} and not problems
+    assert "in neither split: 1 picture (1 .png): images/a/unlisted.png" in capsys.readouterr().out
 
 
 def test_of_several_forms_the_first_is_read_and_the_others_named(tmp_path, capsys):

@@ -49,10 +49,12 @@ def read_folder(root: Path, split: str) -> tuple[list[Item], list[Problem]]:
     source = TextFiles(root, form, top, forms[form]) if in_texts else Tables(root, form, files, forms[form])
     pictures = _by_key(root, top, files, apart=not in_texts)
     lists = _key_lists(root)
-    own = {} if lists or form == IN_TEXT else _own_splits(pictures, source.splits)
+    own = {} if form == IN_TEXT else _own_splits(pictures, source.splits)  # the split of each key
     problems = []
     if lists:
-        keys, problems = _listed_keys(root, split, lists[split], pictures)
+        found = {name: _listed_keys(root, name, names, pictures) for name, names in lists.items()}
+        keys, problems = found[split]
+        own = {key: name for name, (listed, _) in found.items() for key in listed}
     elif own:
         keys = [key for key in pictures.files if own.get(key) == split]
     else:
@@ -68,7 +70,7 @@ def read_folder(root: Path, split: str) -> tuple[list[Item], list[Problem]]:
     problems += source.problems(split, files, listed)
     if split == "train":
         problems += pictures.problems + _left_out(root, listing, top, forms)
-        outside = [file for key, file in pictures.files.items() if own and key not in own]
+        outside = [file for key, file in pictures.files.items() if (lists or own) and key not in own]
         distributed.say(f"{root}: {_how_it_is_read(listing, top, files, [source.words, *unread], outside)}")
     return items, problems
 
