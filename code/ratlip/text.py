@@ -16,6 +16,7 @@ MARKS = {  # the longer ones first: UTF-16's begins UTF-32's
     codecs.BOM_UTF16_BE: "utf-16",
 }
 CONTROL = re.compile(r"[\x01-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufffe\uffff]")  # white space and NUL are not among them
+NO_TEXT = "no text in UTF-8, UTF-16 or Windows-1252; write it anew as UTF-8"
 MOST_CONTROL = 0.1  # share of a text's characters; with more of them it is something else
 
 
@@ -61,7 +62,7 @@ def read_text(path: Path) -> str:
     try:
         return decode_text(path.read_bytes())
     except ValueError:
-        raise UserError(f"{path}: no text in UTF-8, UTF-16 or Windows-1252; write it anew as UTF-8") from None
+        raise UserError(f"{path}: {NO_TEXT}") from None
 
 
 def lines_of(text: str) -> list[str]:
@@ -76,6 +77,15 @@ def read_captions(content: bytes) -> list[str]:
         return lines_of(decode_text(content))
     except ValueError:
         return []
+
+
+def why_none(content: bytes) -> str:
+    """What to say of bytes in which there is no caption."""
+    try:
+        decode_text(content)
+        return "holds no caption"
+    except ValueError:
+        return NO_TEXT
 
 
 def whole(text: str) -> str:

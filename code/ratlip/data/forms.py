@@ -8,7 +8,7 @@ from pathlib import Path
 from ratlip.data.files import Listing, stem
 from ratlip.data.items import Problem
 from ratlip.data.tables import READERS, TABLE, Malformed, form_of, read_table
-from ratlip.text import canonical, read_captions, readable
+from ratlip.text import canonical, read_captions, readable, why_none
 
 LISTS = {"train": "train.txt", "test": "test.txt"}  # of keys
 TEXTS = (".txt", ".caption")
@@ -57,8 +57,10 @@ class TextFiles:
         if path is None:
             return Problem("missing captions", f"{self.root / self.folder / stem(own)}.txt: no such caption file")
         with open(f"{self.root}/{path}", "rb") as file:
-            captions = read_captions(file.read())
-        return captions or Problem("empty captions", f"{self.root / path}: holds no caption, or no text")
+            content = file.read()
+        if captions := read_captions(content):
+            return captions
+        return Problem("empty captions", f"{self.root / path}: {why_none(content)}")
 
     def problems(self, split: str, pictures: Sequence[str], listed: set[str]) -> list[Problem]:
         """Texts without a picture, but for those whose keys are `listed`: these are told of elsewhere."""

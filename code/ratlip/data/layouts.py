@@ -16,7 +16,7 @@ from ratlip.data import demo
 from ratlip.data.folder import read_folder
 from ratlip.data.items import Item, Problem
 from ratlip.errors import UserError, first_line
-from ratlip.text import existing, read_captions, read_text
+from ratlip.text import existing, read_captions, read_text, why_none
 
 MAX_PIXELS = 64_000_000  # of an image; larger ones would take hundreds of megabytes in each worker
 MAX_PROPORTION = 32  # longer to shorter side; the shorter one is resized to what training needs, however long the other
@@ -77,7 +77,7 @@ def read_items(layout_name: str, root: Path, split: str) -> tuple[list[Item], li
         elif not text.is_file():
             problems.append(Problem("missing captions", f"{text}: no such caption file"))
         elif not (captions := read_captions(text.read_bytes())):
-            problems.append(Problem("empty captions", f"{text}: holds no caption, or no text"))
+            problems.append(Problem("empty captions", f"{text}: {why_none(text.read_bytes())}"))
         elif layout.boxes and key not in boxes:
             problems.append(Problem("missing box", f"{root / layout.boxes}/bounding_boxes.txt: no box for {key}"))
         else:
