@@ -13,11 +13,12 @@ from easydict import EasyDict
 from ratlip import paths
 from ratlip.errors import UserError
 from ratlip.paths import ROOT
+from ratlip.text import decode_text
 
 DEFAULT = ROOT / "cfg" / "default.yml"
 
 CHOICES = {
-    "data.layout": ("demo", "bird", "flower", "face", "coco", "folder", "webdataset"),
+    "data.layout": ("demo", "bird", "flower", "face", "coco", "folder", "webdataset", "parquet"),
     "model.name": ("ratlip", "galip"),
     "model.rat.state": ("shared", "independent"),
     "model.rat.scope": ("mapper", "all"),
@@ -248,11 +249,11 @@ def _before_clip_file(value: str, base: Path) -> str | None:
 
 def _read_yaml(path: Path) -> dict:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(decode_text(path.read_bytes()))
     except yaml.YAMLError as error:
         where = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
         raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(content or {}, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; expected keys and values as in cfg/default.yml")

@@ -1,5 +1,6 @@
 """The one exception that a user is meant to read, and the entry points' way of showing it."""
 
+import io
 import sys
 from collections.abc import Callable
 
@@ -29,6 +30,9 @@ def run(main: Callable[[], None]) -> None:
 
     That is a UserError, want of memory, and a file or folder that cannot be written or read.
     """
+    for stream in (sys.stdout, sys.stderr):  # names and captions that a terminal cannot show are no reason to end
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

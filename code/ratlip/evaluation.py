@@ -14,8 +14,9 @@ from tqdm import tqdm
 from ratlip import distributed
 from ratlip.clip_towers import FrozenClip
 from ratlip.data import captions
+from ratlip.data.files import find_pictures
 from ratlip.data.inventory import cache_folder
-from ratlip.data.layouts import Item, find_pictures, read_captions
+from ratlip.data.items import Item
 from ratlip.data.loader import EnlargedTestImages, Pictures, TestImages, same_size_batches
 from ratlip.errors import UserError
 from ratlip.metrics import METRICS, reference
@@ -25,6 +26,7 @@ from ratlip.metrics.reference import Reference
 from ratlip.models.generator import Generator
 from ratlip.paths import full
 from ratlip.sampling import generate, seeded_noise
+from ratlip.text import read_captions
 
 MISSING = "missing"  # of a file of statistics
 NOISE_SEED = 0  # sample i is the same image in every evaluation of the same weights

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ratlip import distributed
 from ratlip.config import dump, kept
 from ratlip.pictures import curves, filmstrip, is_headline
+from ratlip.text import readable
 
 LOG_EVERY = 10  # steps between looks at the losses, each of which waits for the device
 FRAMES = 12  # of the filmstrip
@@ -114,7 +115,7 @@ class Monitor:
         """The settings and final scores for TensorBoard's table of runs; the scores are those below scores/."""
         if self.active:
             settings = kept(self.config).items()
-            plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in settings}
+            plain = {key: v if isinstance(v, bool | int | float) else readable(str(v)) for key, v in settings}
             final = {f"scores/{name}": value for name, value in scores.items() if is_headline(f"scores/{name}")}
             for summary in hparams(plain, final):
                 self.board.file_writer.add_summary(summary)

@@ -1,12 +1,14 @@
 """What `prepare.sh` does to a data set before training: checks it, then computes what training and scoring need."""
 
 from collections import Counter
+from pathlib import Path
 
 from easydict import EasyDict
 
 from ratlip import build, device, distributed
 from ratlip.clip_towers import FrozenClip
 from ratlip.data import captions
+from ratlip.data.folder import write_folder_captions
 from ratlip.data.inventory import Stock, cache_folder, refusal, take_stock, too_many_lost, write_copies
 from ratlip.data.layouts import Item, Problem
 from ratlip.data.loader import BATCH_SIZE, batch_size_for
@@ -63,6 +65,13 @@ def check_size(config: EasyDict, items: dict[str, list[Item]], processes: int = 
             "exists, by which a discriminator learns what captions mean; give the images captions of their own"
         )
     check_counts(config.eval, len(items["test"]))
+
+
+def caption_by_folders(config: EasyDict, template: str) -> None:
+    """Write captions for pictures that have none: the name of each one's folder, in the place of {} in `template`."""
+    if config.data.layout != "folder":
+        raise UserError(f"--captions-from-folders: data.layout is {config.data.layout}; it is for folder")
+    print(f"captions            {write_folder_captions(Path(config.data.dir), template)}")
 
 
 def table(stocks: list[Stock]) -> str:

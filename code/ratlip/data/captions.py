@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
@@ -33,6 +34,16 @@ class CaptionTable:
         self.texts = [text for own in captions for text in own]
         self.starts = np.cumsum([0] + [len(own) for own in captions])
 
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """A number for each distinct text."""
+        return {text: number for number, text in enumerate(dict.fromkeys(self.texts))}
+
+    @cached_property
+    def text_numbers(self) -> np.ndarray:
+        """The number of each row's text (R,)."""
+        return np.array([self.numbers[text] for text in self.texts])
+
     def own(self, image: int) -> list[str]:
         """The captions of an image."""
         return self.texts[self.starts[image] : self.starts[image + 1]]
@@ -56,9 +67,21 @@ class CaptionTable:
             own = set(self.own(image))
             first = () if preferred is None else preferred[i]
             others = (rows[(i + shift) % len(rows)] for shift in range(1, len(rows)))
-            anywhere = (int(rows[i] + shift) % len(self.texts) for shift in range(1, len(self.texts)))
-            result.append(next(row for row in chain(first, others, anywhere) if self.texts[row] not in own))
+            other = next((row for row in chain(first, others) if self.texts[row] not in own), None)
+            result.append(self._next_other(int(rows[i]), own) if other is None else other)
         return np.array(result)
+
+    def _next_other(self, row: int, own: set[str]) -> int | None:
+        """The first row after `row`, from the last on to the first, whose text is none of `own`. Where captions are
+        names of classes it can be far away: rows are looked at in blocks, each twice as long."""
+        unwanted, count, start, length = [self.numbers[text] for text in own], len(self.texts), row + 1, 64
+        while start < row + count:
+            block = np.arange(start, min(start + length, row + count)) % count
+            found = block[~np.isin(self.text_numbers[block], unwanted)]
+            if len(found):
+                return int(found[0])
+            start, length = start + length, 2 * length
+        return None
 
 
 def embed(table: CaptionTable, clip: FrozenClip, cache: Path | None = None) -> Tensor:
@@ -144,7 +167,7 @@ def _encoded(rows: BinaryIO, dim: int) -> np.ndarray:
 
 
 def _fingerprint(texts: Sequence[str], clip: FrozenClip) -> str:
-    digest = hashlib.sha256("\n".join(texts).encode())
+    digest = hashlib.sha256("\n".join(texts).encode(errors="surrogateescape"))
     for name, weight in clip.clip.state_dict().items():
         if not name.startswith("visual."):
             digest.update(weight.cpu().numpy().tobytes())

@@ -10,7 +10,9 @@ from typing import NamedTuple
 from easydict import EasyDict
 
 from ratlip import distributed
-from ratlip.data import shards
+from ratlip.data import parquet, shards
+from ratlip.data.files import counted
+from ratlip.data.items import LEFT_OUT
 from ratlip.data.journal import Journal, complete, file_state
 from ratlip.data.layouts import DECODING, Item, Problem, open_image, read_bytes, read_items
 from ratlip.data.loader import resize_shorter
@@ -40,8 +42,9 @@ class Stock(NamedTuple):
 
 
 def cache_folder(data: EasyDict) -> Path:
-    """Where what is found out about a data set is kept: `cache` in its folder, or in its shards' folder."""
-    return (shards.folder(data.dir) if data.layout == "webdataset" else Path(data.dir)) / "cache"
+    """Where what is found out about a data set is kept: `cache` in its folder, or in that of its shards or files."""
+    files = data.layout in ("webdataset", "parquet") and not Path(data.dir).is_dir()
+    return (shards.folder(data.dir) if files else Path(data.dir)) / "cache"
 
 
 def take_stock(data: EasyDict, split: str) -> Stock:
@@ -59,6 +62,8 @@ def take_stock(data: EasyDict, split: str) -> Stock:
     cache = cache_folder(data)
     if data.layout == "webdataset":
         items, problems = shards.read_shards(data, split, cache)
+    elif data.layout == "parquet":
+        items, problems = parquet.read_parquet(data, split, cache)
     else:
         items, problems = read_items(data.layout, Path(data.dir), split)
     journal = Journal(cache / f"images_{split}.jsonl", CHECK)
@@ -97,10 +102,12 @@ def usable_items(config: EasyDict, split: str) -> list[Item]:
         if len(stock.problems) > LISTED:
             distributed.say(f"and {len(stock.problems) - LISTED} more; {more}")
         raise refusal(config.data, stock)
+    if left_out := [problem.message for problem in stock.problems if problem.kind == LEFT_OUT]:
+        distributed.say(f"left out: {counted([message.partition(': ')[0] for message in left_out])}; {more}")
     if lost:
         named = "; ".join(lost[:NAMED])
         distributed.say(f"warning: {loss(stock)} and left out: {named}{'; ' + more if len(lost) > NAMED else ''}")
-    kinds = Counter(problem.kind for problem in stock.problems if not problem.lost)
+    kinds = Counter(problem.kind for problem in stock.problems if not problem.lost and problem.kind != LEFT_OUT)
     for kind, count in kinds.items():
         first = next(problem.message for problem in stock.problems if problem.kind == kind)
         distributed.say(f"{split}: {kind} ({count:,}): {first}{'; ' + more if count > 1 else ''}")
