@@ -47,8 +47,8 @@ def load(path: Path, file: File, activation: str | None) -> ClipModel:
         activation = agreed(activation, file.activation, str(path))
     if activation is None:
         raise UserError(
-            f"clip.weights: {path} is Hugging Face's CLIPModel: put its config.json (and preprocessor_config.json) beside "
-            f"it, which states its activation, or {ASK}"
+            f"clip.weights: {path} is Hugging Face's CLIPModel: put its config.json (and preprocessor_config.json) "
+            f"beside it, which states its activation, or {ASK}"
         )
     model = filled(_in_openai_names(file.weights), activation, heads)
     seen = json_of(folder / "preprocessor_config.json") or json_of(folder / "processor_config.json").get(
