@@ -40,8 +40,8 @@ def test_both_files_draw_the_same_picture(converted, vitb32, tmp_path, call):
     pictures = []
     # The converted one is found as the newest of its configuration.
     for words in (["--checkpoint", source], [f"log.save_dir={tmp_path}/saved"]):
-        result = call("sample.py", "cfg/bird.yml", "a grey bird", f"clip.weights={tmp_path}/vit.pt", "clip.activation=quick_gelu", *words,
-                      "--n", 1, "--out", tmp_path / "out")  # fmt: skip
+        result = call("sample.py", "cfg/bird.yml", "a grey bird", f"clip.weights={tmp_path}/vit.pt", *words,
+                      "clip.activation=quick_gelu", "--n", 1, "--out", tmp_path / "out")  # fmt: skip
         assert result.returncode == 0, result.stderr
         assert ("released RATLIP, epoch 580, nf 64" if not pictures else f"{target}: ratlip, epoch") in result.stdout
         (path,) = (tmp_path / "out").glob("01_a-grey-bird_*.png")

@@ -170,8 +170,9 @@ def test_missing_weights_leave_the_other_metrics(words, demo_folder, clip_file, 
 def test_a_released_checkpoint_is_scored(vitb32, words, tmp_path):
     torch.save({"model": {"netG": released_weights("galip.netG")}, "epoch": 3}, tmp_path / "galip.pth")
     torch.save({key: value.half() for key, value in vitb32.clip.state_dict().items()}, tmp_path / "vit.pt")
-    result = run("test.py", *words, tmp_path / "galip.pth", f"clip.weights={tmp_path}/vit.pt", "clip.activation=quick_gelu", "eval.samples=2",
-                 "clip.feature_blocks=null", "eval.metrics=[clip_score]", environment=OFFLINE)  # fmt: skip
+    result = run("test.py", *words, tmp_path / "galip.pth", f"clip.weights={tmp_path}/vit.pt", "eval.samples=2",
+                 "clip.activation=quick_gelu", "clip.feature_blocks=null", "eval.metrics=[clip_score]",
+                 environment=OFFLINE)  # fmt: skip
     found = scores(result, tmp_path / "logs")
     assert "released GALIP, epoch 3" in found["scored"] and "galip.pth" in result.stdout
     assert "released input" in found["protocols"]["clip_score"]
