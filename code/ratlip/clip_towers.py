@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ratlip import clips
-from ratlip.clips.files import HEAD, MEAN, STD, activation_of, clip
+from ratlip.clips.files import END_OF_TEXT, HEAD, MEAN, STD, activation_of, clip
 from ratlip.errors import UserError, first_line
 
 # What OpenAI's models compute with, beside their weights and a head for every 64 of their width.
@@ -21,7 +21,6 @@ OPENAI = {
     "resize": "bicubic",
 }
 OTHERWISE = "is built otherwise than OpenAI's CLIP, which is all that is read here"
-END_OF_TEXT = 49407  # its id; the start's is the one before
 TOLERANCE = 1e-3  # of our towers and the model's own, largest difference over largest value; 1e-6 is usual in float32
 
 
@@ -132,7 +131,7 @@ class FrozenClip(nn.Module):
 
     def drop_text_tower(self) -> None:
         """Free the text encoder's memory, where every caption there is has been encoded; `text` is gone then."""
-        self.identity  # noqa: B018  while all the weights are there
+        self.identity  # noqa: B018 (kept from here on: it needs all the weights)
         for name in ("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection"):
             delattr(self.clip, name)
 
@@ -273,6 +272,9 @@ def load_clip(weights: str, source: str = "openai", activation: str | None = Non
             otherwise than OpenAI's.
     """
     found = clips.read(weights, source, activation)
+    vocabulary = len(found.model.token_embedding.weight)
+    if vocabulary != END_OF_TEXT + 1:
+        raise UserError(f"clip.weights: {weights} has another tokenizer than OpenAI's: {vocabulary} words")
     own = FrozenClip(found.model, mean=found.mean, std=found.std, resize=found.resize, **towers)
     try:
         differs = _difference(own)
@@ -298,7 +300,7 @@ def _difference(clip: FrozenClip) -> str:
     ):
         error = float((ours - theirs).abs().max() / theirs.abs().max())
         if not error < TOLERANCE:  # a NaN too
-            return f"its own embeddings of {name} differ by {error:.0%}"
+            return f"its own embeddings of {name} differ by {error:.1%}"
     return ""
 
 

@@ -97,6 +97,7 @@ def test_a_bare_state_dict_asks_for_its_activation(model, tmp_path):
         (lambda w: w.update({"visual.layer1.0.conv1.weight": torch.ones(1)}), "a ResNet image tower"),
         (lambda w: w.update({"ln_final.weight": torch.ones(32)}), "not a CLIP checkpoint"),
         (lambda w: w.update({"visual.conv1.weight": torch.ones(1280, 3, 16, 16)}), "how many heads"),
+        (lambda w: w.update({"token_embedding.weight": torch.ones(49409, 64)}), "another tokenizer .*: 49409 words"),
         (lambda w: w.update({"visual.positional_embedding": torch.ones(18, 64)}), "not a CLIP|not square"),
     ],
 )

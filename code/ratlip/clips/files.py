@@ -22,6 +22,7 @@ with warnings.catch_warnings():
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's training images, RGB in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
 RESIZES = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
+END_OF_TEXT = 49407  # its id, the largest of OpenAI's tokenizer; the start's is the one before
 HEAD = 64  # width of an attention head in OpenAI's models
 WIDEST = 1024  # of OpenAI's image towers; open_clip's wider ones (ViT-H, g, bigG) have wider heads
 UNUSED = {"input_resolution", "context_length", "vocab_size", "logit_bias"}  # stored, but of no tower

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from ratlip import checkpoint
-from ratlip.clips.files import ASK, MEAN, RESIZES, STD, ClipModel, File, agreed, clip, filled, json_of
+from ratlip.clips.files import ASK, END_OF_TEXT, MEAN, RESIZES, STD, ClipModel, File, agreed, clip, filled, json_of
 from ratlip.errors import UserError
 
 ACTIVATIONS = ("quick_gelu", "gelu")
-END = 49407  # the id of OpenAI's end of text, its largest
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # Hugging Face's names of CLIPModel and OpenAI's. Projections are stored transposed, and q, k, v one by one.
 NAMES = (
@@ -98,8 +97,11 @@ def _settings(path: Path, config: dict) -> tuple[tuple[int, int], str]:
     for tower in (vision, text):
         if tower.get("layer_norm_eps", 1e-5) != 1e-5:
             raise UserError(f"{path}: layer_norm_eps is {tower['layer_norm_eps']}; OpenAI's structure has 1e-05")
-    if text.get("eos_token_id", END) not in (2, END):  # 2: the largest id, by which old versions meant the end
-        raise UserError(f"{path}: eos_token_id is {text['eos_token_id']}; OpenAI's tokenizer ends with {END}")
+    if text.get("eos_token_id", END_OF_TEXT) not in (
+        2,
+        END_OF_TEXT,
+    ):  # 2: the largest id, by which old versions meant the end
+        raise UserError(f"{path}: eos_token_id is {text['eos_token_id']}; OpenAI's tokenizer ends with {END_OF_TEXT}")
     return (vision.get("num_attention_heads", 12), text.get("num_attention_heads", 8)), acts[0]
 
 
@@ -124,7 +126,7 @@ def _same_vocabulary(folder: Path) -> None:
     for name in ("vocab.json", "tokenizer.json"):
         content = json_of(folder / name)
         words = content.get("model", {}).get("vocab", {}) if name == "tokenizer.json" else content
-        if words and words != clip.clip._tokenizer.encoder:
+        if any(clip.clip._tokenizer.encoder.get(word) != number for word, number in words.items()):
             raise UserError(
                 f"clip.weights: {folder / name} is another tokenizer than OpenAI's, which captions are read by"
             )
