@@ -97,11 +97,9 @@ def _settings(path: Path, config: dict) -> tuple[tuple[int, int], str]:
     for tower in (vision, text):
         if tower.get("layer_norm_eps", 1e-5) != 1e-5:
             raise UserError(f"{path}: layer_norm_eps is {tower['layer_norm_eps']}; OpenAI's structure has 1e-05")
-    if text.get("eos_token_id", END_OF_TEXT) not in (
-        2,
-        END_OF_TEXT,
-    ):  # 2: the largest id, by which old versions meant the end
-        raise UserError(f"{path}: eos_token_id is {text['eos_token_id']}; OpenAI's tokenizer ends with {END_OF_TEXT}")
+    end = text.get("eos_token_id", END_OF_TEXT)
+    if end not in (2, END_OF_TEXT):  # 2: old versions' way of saying the largest id
+        raise UserError(f"{path}: eos_token_id is {end}; OpenAI's tokenizer ends with {END_OF_TEXT}")
     return (vision.get("num_attention_heads", 12), text.get("num_attention_heads", 8)), acts[0]
 
 
