@@ -187,7 +187,8 @@ def test_a_released_checkpoint_is_scored(vitb32, words, tmp_path):
     torch.save({"model": {"netG": released_weights("galip.netG")}, "epoch": 3}, tmp_path / "galip.pth")
     torch.save({key: value.half() for key, value in vitb32.clip.state_dict().items()}, tmp_path / "vit.pt")
     result = run("test.py", *words, tmp_path / "galip.pth", f"clip.weights={tmp_path}/vit.pt", "eval.samples=2",
-                 "clip.feature_blocks=null", "eval.metrics=[clip_score]", environment=OFFLINE)  # fmt: skip
+                 "clip.activation=quick_gelu", "clip.feature_blocks=null", "eval.metrics=[clip_score]",
+                 environment=OFFLINE)  # fmt: skip
     found = scores(result, tmp_path / "logs")
     assert "released GALIP, epoch 3" in found["scored"] and "galip.pth" in result.stdout
     assert "released input" in found["protocols"]["clip_score"]

@@ -2,11 +2,13 @@
 
 import os
 import pickle
+from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ratlip import distributed
 from ratlip.errors import UserError, first_line
@@ -35,7 +37,8 @@ def save(content: Any, path: Path) -> None:
 def read(path: str | Path) -> dict:
     """The content of a checkpoint file, tensors on the CPU.
 
-    Only tensors and plain containers are ever built from it (`weights_only`).
+    Only tensors and plain containers are ever built from it (`weights_only`). A safetensors file gives its tensors by
+    name, with its metadata where a state dict has its own: `_metadata[""]`.
 
     Raises:
         UserError: no such file, not a checkpoint, cut short, or one that asks to run code.
@@ -44,6 +47,11 @@ def read(path: str | Path) -> dict:
     if not path.is_file():
         raise UserError(f"no checkpoint {full(path)}")
     try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                content = OrderedDict((key, file.get_tensor(key)) for key in file.keys())
+                content._metadata = {"": file.metadata() or {}}
+            return content
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = next((line for line in str(error).splitlines() if "GLOBAL" in line), None)
@@ -52,7 +60,7 @@ def read(path: str | Path) -> dict:
         raise UserError(f"{path} holds more than tensors and plain values; refused unread. {asked}".strip()) from None
     except (EOFError, ValueError, KeyError):  # torch's reader of old files met bytes of something else
         raise UserError(f"{path} is no checkpoint, or is cut short") from None
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, SafetensorError) as error:
         raise UserError(f"{path} is no checkpoint, or is cut short ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")

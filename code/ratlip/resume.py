@@ -7,12 +7,13 @@ from easydict import EasyDict
 
 from ratlip import checkpoint, distributed
 from ratlip import config as configuration
+from ratlip.clip_towers import FrozenClip, require_same, trained_with
 from ratlip.errors import UserError
 from ratlip.stopping import restarted
 
 # Settings that decide the networks' shapes or meaning: a checkpoint has been made with them and cannot change.
-FIXED = re.compile(r"model\.(?!shipped$|d_start$)|clip\.(?!weights$)")
-SILENT = ("train.resume",)
+FIXED = re.compile(r"model\.(?!shipped$|d_start$)|clip\.(?!(weights|source|activation|insist)$)")
+SILENT = ("train.resume", "clip.insist")
 
 
 def find(config: EasyDict) -> tuple[str | None, dict | None]:
@@ -46,11 +47,11 @@ def find(config: EasyDict) -> tuple[str | None, dict | None]:
     return (chosen.parent.name if same_run else None), content
 
 
-def check(config: EasyDict, content: dict, clip_shape: dict, epoch_steps: int | None) -> None:
+def check(config: EasyDict, content: dict, clip: FrozenClip, epoch_steps: int | None) -> None:
     """Compare the configuration with the checkpoint's; say what differs.
 
     Args:
-        clip_shape: of the CLIP that will be used. epoch_steps: of this run, None where it is a new one.
+        clip: the one that will be used. epoch_steps: of this run, None where it is a new one.
 
     Raises:
         UserError: the networks, CLIP, or the number of steps in an epoch would be others.
@@ -64,8 +65,8 @@ def check(config: EasyDict, content: dict, clip_shape: dict, epoch_steps: int | 
                 f"{key} is {now[key]}, the checkpoint was trained with {then[key]}: a run cannot change this; "
                 f"add {key}={then[key]} or begin a new run"
             )
-    if content["clip"] != clip_shape:
-        raise UserError("clip.weights: not the CLIP that the checkpoint was trained with, its shapes differ")
+    if said := require_same(clip, trained_with(content), "the checkpoint", config.clip.insist):
+        distributed.say(f"warning: the checkpoint: {said}")
     if epoch_steps and content["epoch_steps"] != epoch_steps:
         raise UserError(
             f"an epoch has {epoch_steps} steps now, the checkpoint's had {content['epoch_steps']}: "

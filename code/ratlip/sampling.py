@@ -12,7 +12,7 @@ from torch import Tensor
 from ratlip import build, checkpoint, released
 from ratlip import config as configuration
 from ratlip import device as devices
-from ratlip.clip_towers import FrozenClip
+from ratlip.clip_towers import OPENAI, FrozenClip, require_same, trained_with
 from ratlip.errors import UserError
 from ratlip.models.generator import Generator
 from ratlip.paths import command
@@ -110,7 +110,10 @@ def load_generator(config: EasyDict, path: str | Path) -> tuple[Generator, Froze
 
     Returns:
         generator, its CLIP, and a line that says what was loaded. The network's settings are the checkpoint's own;
-        only `clip.source` and `clip.weights`, which say where CLIP's file lies on this machine, are `config`'s.
+        only what says where its CLIP is found on this machine (`clip.source`, `.weights`, `.activation`) is `config`'s.
+
+    Raises:
+        UserError: not a checkpoint, an incomplete one, or another CLIP than it was trained with.
     """
     devices.keep_freed_memory()
     content = checkpoint.read(path)
@@ -119,26 +122,20 @@ def load_generator(config: EasyDict, path: str | Path) -> tuple[Generator, Froze
         generator, _, info = released.load_networks(content, clip, path)
         if generator is None:
             raise UserError(f"{path} holds no netG to sample from")
+        require_same(clip, {**clip.shape, **OPENAI}, str(path), config.clip.insist)
         return generator, clip, f"{path}: {released.describe(info)}"
     if content.get("format") != checkpoint.FORMAT:
         raise UserError(checkpoint.UNKNOWN.format(path))
     # A checkpoint from before a setting existed was made with what is its default now.
     own = EasyDict(configuration.unflatten(configuration.from_kept(content["config"])))
-    own.clip.update(source=config.clip.source, weights=config.clip.weights)
+    own.clip.update({key: config.clip[key] for key in ("source", "weights", "activation")})
     clip = build.clip_of(own)
-    if clip.shape != content["clip"]:
-        raise UserError(
-            f"{path} was trained with a CLIP of {_describe(content['clip'])}; "
-            f"clip.weights {config.clip.weights} has {_describe(clip.shape)}"
-        )
+    said = require_same(clip, trained_with(content), str(path), config.clip.insist)
     generator = build.generator_of(own, clip)
     try:
         generator.load_state_dict(content.get("ema") or content["generator"])
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{path} is incomplete: {' '.join(str(error).split())[:200]}") from None
     kind = "averaged weights" if content.get("ema") else "weights"
-    return generator.eval(), clip, f"{path}: {own.model.name}, epoch {content['epoch']}, {kind}"
-
-
-def _describe(shape: dict[str, int]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shape.items())
+    about = f"{path}: {own.model.name}, epoch {content['epoch']}, {kind}"
+    return generator.eval(), clip, f"{about}; {said}" if said else about

@@ -272,7 +272,7 @@ def train(config: EasyDict, words: Sequence[str] = ()) -> None:
     run, content = resume.find(config)
     scores: dict[str, dict[str, float]] = {}  # columns of the closing table: start, end, best
     if content:
-        resume.check(config, content, t.clip.shape, len(batches) if run else None)
+        resume.check(config, content, t.clip, len(batches) if run else None)
         scores = restore(t, content, same_run=run is not None)
     run = run or distributed.same(time.strftime("%Y-%m-%d_%H-%M-%S"))
     save_folder = Path(config.log.save_dir) / config.name / run
@@ -393,7 +393,7 @@ def save(t: Training, config: EasyDict, scores: dict, epoch_steps: int, path: Pa
     content = {
         "format": checkpoint.FORMAT,
         "config": configuration.kept(config),
-        "clip": t.clip.shape,
+        "clip": t.clip.identity,
         "epoch": t.epoch,
         "step": t.step,
         "epoch_steps": epoch_steps,

@@ -88,7 +88,7 @@ def embed(table: CaptionTable, clip: FrozenClip, cache: Path | None = None) -> T
     """Sentence embeddings of every caption row (R, E), float32 on the CPU; each distinct text is encoded once.
 
     Args:
-        cache: folder that keeps them. A file is named by a hash of the CLIP weights and the captions, so that
+        cache: folder that keeps them. A file is named by a hash of the CLIP and the captions, so that
             one made by another CLIP or from other captions is never used. An interruption costs one batch. Of
             several runs at once one encodes and the others wait; on a file system without locks all encode.
     """
@@ -171,4 +171,5 @@ def _fingerprint(texts: Sequence[str], clip: FrozenClip) -> str:
     for name, weight in clip.clip.state_dict().items():
         if not name.startswith("visual."):
             digest.update(weight.cpu().numpy().tobytes())
+    digest.update(clip.unlike_openai(image=False).encode())
     return digest.hexdigest()[:16]
