@@ -1,13 +1,13 @@
 """Entry point of scripts/test.sh: score a checkpoint's images, or a folder of pictures."""
 
 import argparse
-import re
+import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ratlip import errors
+from ratlip import command, errors
 from ratlip.errors import UserError
 
 if TYPE_CHECKING:  # not when it runs: -h needs no package
@@ -33,9 +33,12 @@ def main() -> None:
     )
     parser.add_argument("--images", type=Path, metavar="DIR", help="score these pictures; captions in .txt beside them")
     parser.add_argument("--against", type=Path, metavar="DIR", help="compare with these pictures, not the test split")
-    arguments = parser.parse_intermixed_args()
-    overrides = [word for word in arguments.words if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
-    checkpoints = [word for word in arguments.words if word not in overrides]
+    arguments, verbatim = command.parse(parser)
+
+    from ratlip import config
+
+    overrides, checkpoints = config.split_words(arguments.words, command.options(parser), "checkpoint", os.path.exists)
+    checkpoints += verbatim
     if len(checkpoints) > 1:
         raise UserError(f"one checkpoint at a time, not {', '.join(checkpoints)}")
     if checkpoints and arguments.images:
@@ -43,8 +46,6 @@ def main() -> None:
     for folder in filter(None, (arguments.images, arguments.against)):
         if not folder.is_dir():
             raise UserError(f"no folder {folder}")
-
-    from ratlip import config
 
     resolved = config.load(arguments.config, overrides)
     missing = evaluate(resolved, *checkpoints, images=arguments.images, against=arguments.against)

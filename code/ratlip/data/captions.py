@@ -30,6 +30,7 @@ class CaptionTable:
     def __init__(self, captions: Sequence[Sequence[str]]):
         self.texts = [text for own in captions for text in own]
         self.starts = np.cumsum([0] + [len(own) for own in captions])
+        self.cut: list[int] = []  # rows of captions that are longer than CLIP reads; `embed` finds them
 
     def own(self, image: int) -> list[str]:
         """The captions of an image."""
@@ -59,6 +60,7 @@ class CaptionTable:
 
 def embed(table: CaptionTable, clip: FrozenClip, cache: Path | None = None) -> Tensor:
     """Sentence embeddings of every caption row (R, E), float32 on the CPU; each distinct text is encoded once.
+    `table.cut` then has the rows whose end CLIP does not read.
 
     Args:
         cache: folder that keeps them. A file is named by a hash of the CLIP weights and the captions, so that
@@ -68,31 +70,57 @@ def embed(table: CaptionTable, clip: FrozenClip, cache: Path | None = None) -> T
     place = {text: i for i, text in enumerate(distinct)}
     order = [place[text] for text in table.texts]
     if cache is None:
+        table.cut = find_cut(table.texts, clip)
         return _encode(distinct, clip, None)[order]
     path = cache / f"captions_{_fingerprint(table.texts, clip)}.pt"
     rows = path.with_suffix(".rows")  # those encoded so far
-    if (sentences := _read(path, len(order))) is not None:
-        return sentences
+    if (kept := _read(path, len(order))) is not None:
+        return _take(kept, table, clip)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with open(rows, "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be at it, and is then waited for
-            if (sentences := _read(path, len(order))) is None:
-                sentences = _encode(distinct, clip, rows)[order]
-                checkpoint.save({"sentences": sentences}, path)
+            if (kept := _read(path, len(order))) is None:
+                kept = {"sentences": _encode(distinct, clip, rows)[order], "cut": find_cut(table.texts, clip)}
+                checkpoint.save(kept, path)
             rows.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(READ_ONLY.format(rows, error.strerror)) from None
-    return sentences
+    return _take(kept, table, clip)
 
 
-def _read(path: Path, count: int) -> Tensor | None:
-    """The embeddings in a cache file; None where there is none, or a damaged one."""
+def say_cut(table: CaptionTable, clip: FrozenClip, what: str) -> None:
+    """One line where captions of an embedded table are cut, with the first; `what` they are, such as "training"."""
+    if table.cut:
+        count = f"{len(table.cut):,} of {len(table.texts):,} {what} captions are"
+        distributed.say(f"{count} longer than the {clip.context_length} tokens that CLIP reads, and are cut; "
+                        f"the first: {table.texts[table.cut[0]]!r}")  # fmt: skip
+
+
+def find_cut(texts: Sequence[str], clip: FrozenClip) -> list[int]:
+    """Numbers of the texts that `clip.tokenize` cuts."""
+    # A token is a byte or more, and two mark the ends: most captions are too short for the tokenizer to be asked.
+    longer = [number for number, text in enumerate(texts) if len(text.encode()) > clip.context_length - 2]
+    found = []
+    for batch in (longer[i : i + EMBED_BATCH] for i in range(0, len(longer), EMBED_BATCH)):
+        cut = clip.cuts([texts[number] for number in batch])
+        found += [number for number, own in zip(batch, cut, strict=True) if own]
+    return found
+
+
+def _read(path: Path, count: int) -> dict | None:
+    """What a cache file holds; None where there is none, or a damaged one."""
     try:
-        sentences = checkpoint.read(path)["sentences"]
+        kept = checkpoint.read(path)
+        return kept if len(kept["sentences"]) == count else None
     except (UserError, KeyError):
         return None
-    return sentences if len(sentences) == count else None
+
+
+def _take(kept: dict, table: CaptionTable, clip: FrozenClip) -> Tensor:
+    """The embeddings of a cache file; files of earlier versions do not say which captions are cut."""
+    table.cut = kept["cut"] if "cut" in kept else find_cut(table.texts, clip)
+    return kept["sentences"]
 
 
 @torch.no_grad()

@@ -121,13 +121,17 @@ def read_items(layout_name: str, root: Path, split: str) -> tuple[list[Item], li
 
 
 def read_captions(content: bytes) -> list[str]:
-    """The captions in a text file, one a line; empty lines do not count. Not UTF-8: read as Latin-1."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = content.decode("latin-1")
-    captions = [line.strip() for line in re.split(r"[\r\n]+", text)]
+    """The captions in a text file, one a line; empty lines do not count."""
+    captions = [line.strip() for line in re.split(r"[\r\n]+", decode_text(content))]
     return [caption for caption in captions if caption]
+
+
+def decode_text(content: bytes) -> str:
+    """The text of a file. Not UTF-8: read as Latin-1."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
 
 
 def held_out(keys: list[str], split: str) -> list[str]:
