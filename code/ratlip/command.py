@@ -23,9 +23,9 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str
     if unknown:
         known = [f"--{name}" for name in options(parser)]
         name = re.match(r"-*([A-Za-z-]*)", unknown[0])[1].lower()
-        near = difflib.get_close_matches(f"--{name}", known, 1, 0.5)
+        near = name and difflib.get_close_matches(f"--{name}", known, 1, 0.6)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        raise UserError(f"unknown option {unknown[0]!r}; {hint} (what begins with a dash and is none stands after --)")
+        raise UserError(f"unknown option {unknown[0]!r}; {hint} (what is no option stands after --)")
     return arguments, given[end + 1 :]
 
 
