@@ -88,7 +88,7 @@ def test_the_readmes_commands_run_in_order(tmp_path, demo_folder, clip_file):
             ["bash", "-c", whole], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
         )
         assert result.returncode == 0, (whole, result.stdout, result.stderr)
-    assert (tmp_path / "samples/grid.png").is_file()
+    assert (tmp_path / "samples/demo_overview.png").is_file() and (tmp_path / "samples/mine").is_dir()
 
 
 def test_links_lead_somewhere():
