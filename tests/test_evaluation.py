@@ -192,7 +192,14 @@ def test_pictures_as_met(words, folders, tmp_path):
     assert found["images"] == 9 and np.isfinite(found["fd_clip"])
     assert "clip_score" not in found and "caption_accuracy" not in found
 
-    (folder / "0.txt").write_text("a small red star at the top on a white background")
+    long = "a small red star at the top on a white background " * 4
+    for number in range(9):
+        (folder / f"{'deeper/' * (number % 2)}{number}.txt").write_text(long if number == 4 else "a small red star")
+    again = run("test.py", *words, "--images", folder, environment=OFFLINE)
+    assert scores(again, tmp_path / "logs")["clip_score"] > 0
+    assert f"1 of 9 captions of {folder} are longer than the 32 tokens" in again.stdout
+
+    (folder / "2.txt").unlink()
     assert_refused(run("test.py", *words, "--images", folder, environment=OFFLINE), "2.txt", "no such caption file")
 
 
@@ -204,6 +211,11 @@ def test_pictures_as_met(words, folders, tmp_path):
         (["--images", "nowhere"], ["no folder nowhere"]),
         (["--images", "scripts"], ["scripts: no pictures"]),
         (["a.pth", "--images", "assets"], ["a.pth", "assets"]),
+        (["lr=3.pth"], ["unknown key 'lr'", "checkpoint", "after --"]),
+        (["images=scripts"], ["the option --images scripts"]),
+        (["--imags", "scripts"], ["unknown option '--imags'", "--images?"]),
+        (["runs/lr=3/best.pth"], ["no checkpoint runs/lr=3/best.pth"]),
+        (["--", "lr=3.pth"], ["no checkpoint lr=3.pth"]),
         (["eval.metrics=[fid,fids]"], ["eval.metrics", "fids", "fid_released"]),
         (["eval.samples=1"], ["at least 2"]),
         (["eval.metric=[fid]"], ["'eval.metric'", "did you mean 'eval.metrics'"]),
@@ -213,6 +225,13 @@ def test_pictures_as_met(words, folders, tmp_path):
 )
 def test_mistakes_end_in_one_line(words, arguments, parts):
     assert_refused(run("test.py", *words, *arguments, environment=OFFLINE), *parts)
+
+
+def test_a_checkpoints_name_may_hold_an_equals_sign(words, tmp_path):
+    shutil.copy(ROOT / "assets/demo/generator.pth", tmp_path / "lr=3.pth")
+    for path in (tmp_path / "lr=3.pth", os.path.relpath(tmp_path / "lr=3.pth", ROOT)):
+        result = run("test.py", *words, path, "eval.samples=2", "eval.metrics=[clip_score]", environment=OFFLINE)
+        assert scores(result, tmp_path / "logs")["scored"].startswith(str(path))
 
 
 def test_a_folder_against_itself(words, folders, tmp_path):

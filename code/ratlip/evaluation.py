@@ -184,7 +184,7 @@ class Evaluator:
         self.table = captions.CaptionTable([item.captions for item in items])
         with distributed.first_process_first():
             sentences = captions.embed(self.table, scorer.clip, cache_folder(scorer.config.data))
-        captions.say_cut(self.table, scorer.clip, "test")
+        captions.say_cut(self.table, scorer.clip, "test captions")
         self.sentences = sentences.to(scorer.device)
         self.better = scorer.better
         self.protocols = scorer.protocols(self.samples)
@@ -238,7 +238,7 @@ def score_folder(scorer: Scorer, folder: Path) -> tuple[dict[str, float], dict[s
         texts = [_caption_of(path) for path in paths]
         table = captions.CaptionTable([[text] for text in texts])
         sentences = captions.embed(table, scorer.clip).to(scorer.device)
-        captions.say_cut(table, scorer.clip, "the pictures'")
+        captions.say_cut(table, scorer.clip, f"captions of {folder}")
 
     def batches() -> Iterator[Scored]:
         own = Subset(Pictures(paths), range(distributed.rank(), len(paths), distributed.world_size()))

@@ -90,11 +90,11 @@ def embed(table: CaptionTable, clip: FrozenClip, cache: Path | None = None) -> T
 
 
 def say_cut(table: CaptionTable, clip: FrozenClip, what: str) -> None:
-    """One line where captions of an embedded table are cut, with the first; `what` they are, such as "training"."""
+    """One line where captions of an embedded table are cut, with the first. `what`: such as "training captions"."""
     if table.cut:
-        count = f"{len(table.cut):,} of {len(table.texts):,} {what} captions are"
-        distributed.say(f"{count} longer than the {clip.context_length} tokens that CLIP reads, and are cut; "
-                        f"the first: {table.texts[table.cut[0]]!r}")  # fmt: skip
+        count, first = f"{len(table.cut):,} of {len(table.texts):,} {what}", table.texts[table.cut[0]]
+        longer = f"are longer than the {clip.context_length} tokens that CLIP reads, and are cut"
+        distributed.say(f"{count} {longer}; the first: {first!r}")
 
 
 def find_cut(texts: Sequence[str], clip: FrozenClip) -> list[int]:
