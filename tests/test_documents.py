@@ -30,6 +30,7 @@ ELSEWHERE = {
     r"sbatch scripts/slurm\.sbatch cfg/bird\.yml": "tests/test_scripts.py::test_all_scripts_parse",
     r"bash scripts/test\.sh cfg/bird\.yml": "tests/test_evaluation.py::test_statistics_are_made_once",
     r"bash scripts/test\.sh cfg/\w+\.yml \S+\.pth .*": "tests/test_evaluation.py::test_a_released_checkpoint_is_scored",
+    r"bash scripts/sample\.sh cfg/bird\.yml --captions .*": "tests/test_sampling.py::test_captions_from_a_file",
     r"bash scripts/test\.sh .* --images .*": "tests/test_evaluation.py::test_folders_score_as_torch_fidelity_says",
     r"python code/convert\.py .*": "tests/test_convert.py::test_both_files_draw_the_same_picture",
 }

@@ -157,7 +157,7 @@ def split_words(
     Raises:
         UserError: an option without its dashes, or what may be meant as a setting.
     """
-    known, settings, others = default_settings(), [], []
+    known, settings, others = {**default_settings(), "run": None}, [], []
     for word in words:
         key, equals, value = word.partition("=")
         if equals and key in known or not is_other(word) and equals and re.fullmatch(r"\w+(\.\w+)+", key):

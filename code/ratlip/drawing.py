@@ -85,7 +85,7 @@ def read(file: Path, count: int, seed: int) -> Order:
         UserError: no such file, one without captions, or a line that is no text.
     """
     lines = re.split(r"\r\n|\r|\n", decode_text(file.read_bytes()))
-    captions = [Caption(number, " ".join(line.split())) for number, line in enumerate(lines, 1)]
+    captions = [Caption(number, " ".join(line.strip("\ufeff\x1a").split())) for number, line in enumerate(lines, 1)]
     order = Order([caption for caption in captions if caption.text], file, count, seed)
     if not order.captions:
         raise UserError(f"{file}: holds no caption; give one a line")
