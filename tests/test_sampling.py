@@ -315,11 +315,16 @@ def test_a_stopped_drawing_loses_nothing_and_goes_on(tmp_path, call):
     assert all((out / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes() for name in names)
 
 
-def test_a_full_disk_is_one_line(tmp_path):
-    small = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))}
+@pytest.mark.parametrize(
+    ("size", "parts"), [(1000, ["there are 0 of 2 pictures", "draws the others"]), (10, [".json"])]
+)
+def test_a_full_disk_is_one_line(size, parts, tmp_path):
+    """As a limit on the size of files, which pictures exceed, or already the record of what was asked for."""
+    small = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
     result = run("sample.py", "cfg/demo.yml", UNTRAINED, CAPTION, "--n", 2, "--out", tmp_path / "x", **small)
-    assert_refused(result, f"{tmp_path}/x: cannot be written (File too large)", "the same command goes on")
-    assert not list((tmp_path / "x").glob("*.png"))
+    assert_refused(result, f"{tmp_path}/x/", "cannot be written (File too large)", *parts)
+    assert not [path for path in (tmp_path / "x").iterdir() if path.suffix in (".png", ".partial")]
+    assert (tmp_path / "x" / ".drawn.json").exists() == (size == 1000)
 
 
 class Trap:

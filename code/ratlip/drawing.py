@@ -171,8 +171,8 @@ def draw_into(
             _finish(writing, bar)
     except Stopped:
         return stop.cause
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); the same command goes on there") from None
+    except UserError as error:
+        raise UserError(f"{error}; there are {done(folder, order)}, and the same command draws the others") from None
     finally:
         stop.close()
     return None
@@ -237,11 +237,16 @@ def _take(folder: Path, record: dict[str, object]) -> bool:
     if not path.is_file() and any(not name.startswith(".") for name in os.listdir(folder)):
         return False
     try:
-        with open(path, "x") as file:  # of two commands that begin together one makes it
-            json.dump(record, file, indent=1)
-        return True
+        file = open(path, "x")  # of two commands that begin together one makes it
     except FileExistsError:
         return _read_record(path) == record
+    try:
+        with file:
+            json.dump(record, file, indent=1)
+    except OSError as error:
+        path.unlink()
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    return True
 
 
 def _read_record(path: Path) -> object:

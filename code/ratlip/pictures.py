@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ratlip import lettering
+from ratlip.errors import UserError, first_line
 
 MIN_CELL = 128  # pixels; smaller pictures are enlarged by whole factors so that captions fit below them
 TITLE_WIDTH = 76  # pixels left of a grid whose rows have titles
@@ -34,16 +35,21 @@ def save_pictures(images: Tensor, folder: Path, name: str, caption: str) -> list
 
 
 def save_picture(picture: Image.Image, path: Path, caption: str | None = None) -> None:
-    """A PNG, whole or not at all; its caption, of one line, is in the text file of its name from before it is there."""
-    if caption is not None:
-        path.with_suffix(".txt").write_text(f"{caption}\n", encoding="utf-8")
+    """A PNG, whole or not at all; its caption, of one line, is in the text file of its name from before it is there.
+
+    Raises:
+        UserError: they cannot be written.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        if caption is not None:
+            path.with_suffix(".txt").write_text(f"{caption}\n", encoding="utf-8")
         picture.save(partial, "PNG")
         os.replace(partial, path)
-    except BaseException:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or first_line(error)})") from None
+    finally:
         partial.unlink(missing_ok=True)
-        raise
 
 
 def captioned_grid(
