@@ -149,13 +149,14 @@ def draw_into(
         what stopped it, such as "SIGINT"; None where all are there.
     """
     missing = _missing(folder, order)
-    if len(missing) < order.pictures:
-        print(f"{folder} has {order.pictures - len(missing):,} of these {order.pictures:,} pictures; the others follow")
+    if (there := order.pictures - len(missing)) > 0:
+        follow = "; the others follow" if missing else " already"
+        print(f"{folder} has {there:,} of these {order.pictures:,} pictures{follow}")
     # Matrix libraries add in another order for other sizes of a batch: the last one is filled up, so that a picture
     # does not depend on how many are drawn with it to the last bit.
     least = batch_size if order.pictures > batch_size else order.pictures
     least = max(least, LEAST) if order.file else least
-    bar = tqdm(total=order.pictures, initial=order.pictures - len(missing), unit="picture", leave=False, disable=None)
+    bar = tqdm(total=order.pictures, initial=there, unit="picture", leave=False, disable=None)
     stop, writing = Stop(), []
     try:
         with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # which ends when all is written
