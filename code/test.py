@@ -1,13 +1,13 @@
 """Entry point of scripts/test.sh: score a checkpoint's images, or a folder of pictures."""
 
 import argparse
-import re
+import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ratlip import errors
+from ratlip import commandline, errors
 from ratlip.errors import UserError
 from ratlip.paths import full, typed
 
@@ -34,9 +34,13 @@ def main() -> None:
     )
     parser.add_argument("--images", type=typed, metavar="DIR", help="score these pictures; captions in .txt beside")
     parser.add_argument("--against", type=typed, metavar="DIR", help="compare with these pictures, not the test split")
-    arguments = parser.parse_intermixed_args()
-    overrides = [word for word in arguments.words if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
-    checkpoints = [typed(word) for word in arguments.words if word not in overrides]
+    arguments, verbatim = commandline.parse(parser)
+
+    from ratlip import config
+
+    known = commandline.options(parser)
+    overrides, checkpoints = config.split_words(arguments.words, known, "checkpoint", os.path.exists)
+    checkpoints = [typed(word) for word in checkpoints + verbatim]
     if len(checkpoints) > 1:
         raise UserError(f"one checkpoint at a time, not {', '.join(map(str, checkpoints))}")
     if checkpoints and arguments.images:
@@ -44,8 +48,6 @@ def main() -> None:
     for folder in filter(None, (arguments.images, arguments.against)):
         if not folder.is_dir():
             raise UserError(f"no folder {full(folder)}")
-
-    from ratlip import config
 
     resolved = config.load(arguments.config, overrides)
     missing = evaluate(resolved, *checkpoints, images=arguments.images, against=arguments.against)

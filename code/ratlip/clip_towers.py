@@ -115,6 +115,11 @@ class FrozenClip(nn.Module):
         """Captions -> token ids (B, context length), int64; longer captions are cut."""
         return clip.tokenize(list(captions), context_length=self.context_length, truncate=True).long()
 
+    def cuts(self, captions: Sequence[str]) -> list[bool]:
+        """Whether `tokenize` cuts each caption: whether one token more than it reads would be filled."""
+        longer = clip.tokenize(list(captions), context_length=self.context_length + 1, truncate=True)
+        return longer[:, -1].ne(0).tolist()
+
     def text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Text encoder: token ids (B, L) -> sentence embedding (B, E), token features (B, L, text width).
 

@@ -2,7 +2,8 @@
 
 import difflib
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,35 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
                 raise UserError(f"{source}: unknown key {key!r}{_nearest(key, defaults)}")
             settings[key] = _check(source, key, value, defaults[key])
     return EasyDict({"name": path.stem, **unflatten(placed(settings, str(path)))})
+
+
+def split_words(
+    words: Sequence[str], options: Iterable[str], other: str, is_other: Callable[[str], bool] = lambda word: False
+) -> tuple[list[str], list[str]]:
+    """The key=value words of a command line, which `load` takes, and its other words.
+
+    A setting is what begins with a key and "=", or with words joined by dots and "=": `load` says what is wrong with
+    those. Anything else with "=" that has no space in it may be meant as one, so that it is an error.
+
+    Args:
+        options: the command's own, to tell `n=4` from a setting. other: what else a word is, such as "caption".
+        is_other: what says so of a word that looks like a setting, such as a file's name.
+
+    Raises:
+        UserError: an option without its dashes, or what may be meant as a setting.
+    """
+    known, settings, others = {**default_settings(), "run": None}, [], []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key in known or not is_other(word) and equals and re.fullmatch(r"\w+(\.\w+)+", key):
+            settings.append(word)
+        elif equals and key.lower() in options:
+            raise UserError(f"{word!r}: did you mean the option --{key.lower()} {value}?")
+        elif equals and re.fullmatch(r"\w+", key) and not re.search(r"\s", word) and not is_other(word):
+            raise UserError(f"{word!r}: unknown key {key!r}{_nearest(key, known)} (if it is a {other}: after --)")
+        else:
+            others.append(word)
+    return settings, others
 
 
 def default_settings() -> dict[str, Any]:

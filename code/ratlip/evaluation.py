@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ratlip import distributed
 from ratlip.clip_towers import FrozenClip
 from ratlip.data import captions
+from ratlip.data.demo import parse_caption
 from ratlip.data.files import find_pictures
 from ratlip.data.inventory import cache_folder
 from ratlip.data.items import Item
@@ -190,6 +191,7 @@ class Evaluator:
         self.table = captions.CaptionTable([item.captions for item in items])
         with distributed.first_process_first():
             sentences = captions.embed(self.table, scorer.clip, cache_folder(scorer.config.data))
+        captions.say_cut(self.table, scorer.clip, "test captions")
         self.sentences = sentences.to(scorer.device)
         self.better = scorer.better
         self.protocols = scorer.protocols(self.samples)
@@ -230,18 +232,32 @@ def _caption_of(picture: Path) -> str:
     return found[0]
 
 
+def _leave_out_caption_accuracy(scorer: Scorer, texts: Sequence[str]) -> None:
+    """Where a caption is not of the demo's kind ("a red dog") and there are other metrics, and say so."""
+    if "caption_accuracy" in scorer.names and len(scorer.names) > 1:
+        try:
+            for text in texts:
+                parse_caption(text)
+        except ValueError as error:
+            scorer.names.remove("caption_accuracy")
+            distributed.say(f"without caption_accuracy: {error}")
+
+
 def score_folder(scorer: Scorer, folder: Path) -> tuple[dict[str, float], dict[str, str]]:
     """Scores, and protocols, of the pictures in a folder, as they are.
 
     A picture's caption is the first line of the file of its name with .txt beside it; without any such files, the
-    metrics that need captions are left out.
+    metrics that need captions are left out, and `caption_accuracy` with captions of another kind than the demo's.
     """
     paths = find_pictures(folder)
     _need_two(len(paths), str(folder))
     texts, sentences = None, None
     if any(path.with_suffix(".txt").is_file() for path in paths):
         texts = [_caption_of(path) for path in paths]
-        sentences = captions.embed(captions.CaptionTable([[text] for text in texts]), scorer.clip).to(scorer.device)
+        table = captions.CaptionTable([[text] for text in texts])
+        sentences = captions.embed(table, scorer.clip).to(scorer.device)
+        captions.say_cut(table, scorer.clip, f"captions of {folder}")
+        _leave_out_caption_accuracy(scorer, texts)
 
     def batches() -> Iterator[Scored]:
         own = Subset(Pictures(paths), range(distributed.rank(), len(paths), distributed.world_size()))

@@ -18,10 +18,11 @@ from ratlip.models.generator import Generator
 from ratlip.paths import command
 
 
-def seeded_noise(seed: int, numbers: Sequence[int], dim: int) -> Tensor:
-    """Standard normal noise (B, dim) of the samples with these numbers: each depends on (seed, number) alone."""
-    rows = [np.random.default_rng((seed, number)).standard_normal(dim, dtype=np.float32) for number in numbers]
-    return torch.from_numpy(np.stack(rows))
+def seeded_noise(seed: int, numbers: Sequence[int | tuple[int, ...]], dim: int) -> Tensor:
+    """Standard normal noise (B, dim) of the samples with these numbers, or tuples of numbers: each depends on the seed
+    and its own alone."""
+    keys = [(seed, *number) if isinstance(number, tuple) else (seed, number) for number in numbers]
+    return torch.from_numpy(np.stack([np.random.default_rng(k).standard_normal(dim, dtype=np.float32) for k in keys]))
 
 
 def truncated(noise: Tensor, limit: float) -> Tensor:

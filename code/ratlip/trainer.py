@@ -221,6 +221,7 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     table = captions.CaptionTable([item.captions for item in items])
     with distributed.first_process_first():
         sentences = captions.embed(table, clip, cache_folder(config.data))
+    captions.say_cut(table, clip, "training captions")
     batches = EpochBatches(
         table,
         config.train.batch_size,

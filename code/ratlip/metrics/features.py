@@ -126,9 +126,9 @@ class ReleasedInceptionSpace(Space):
 SPACES = {space.name: space for space in (ClipSpace, InceptionSpace, ReleasedInceptionSpace)}
 
 
-def padded(rows: Tensor) -> Tensor:
-    """The last row repeated up to LEAST rows, so that a row's result does not depend on the size of its batch."""
-    return torch.cat([rows, rows[-1:].expand(max(0, LEAST - len(rows)), *rows.shape[1:])])
+def padded(rows: Tensor, least: int = LEAST) -> Tensor:
+    """The last row repeated up to `least` rows, so that a row's result does not depend on the size of its batch."""
+    return torch.cat([rows, rows[-1:].expand(max(0, least - len(rows)), *rows.shape[1:])])
 
 
 def released_inception_input(images: Tensor) -> Tensor:
