@@ -231,21 +231,22 @@ def placed(settings: dict[str, Any], source: str) -> dict[str, Any]:
     return {key: place(key, value) for key, value in settings.items()}
 
 
-def kept(config: EasyDict) -> dict[str, Any]:
-    """The settings, flat, as a run keeps them: paths mean the same from any folder."""
+def settings_of(config: EasyDict) -> dict[str, Any]:
+    """Every setting of a resolved configuration, flat; paths as a run keeps them, so that they mean the same from any
+    folder: from the repository where they lie in it, else in full."""
     settings = {key: value for key, value in flatten(config).items() if key != "name"}
     return {key: _change_path(key, value, Path.cwd(), paths.portable) for key, value in settings.items()}
 
 
 def from_kept(settings: dict[str, Any]) -> dict[str, Any]:
-    """What `kept` gave, flat, with the defaults of settings that came later, and paths as they are used from here."""
+    """What `settings_of` gave, flat, with defaults of settings that came later; paths as they are used from here."""
     settings = {**default_settings(), **settings}
     return {key: _change_path(key, value, ROOT, paths.usable) for key, value in settings.items()}
 
 
 def dump(config: EasyDict) -> str:
     """The configuration as YAML that `load` reads back, in whatever folder."""
-    return yaml.safe_dump(unflatten(kept(config)), sort_keys=False, default_flow_style=None)
+    return yaml.safe_dump(unflatten(settings_of(config)), sort_keys=False, default_flow_style=None)
 
 
 def _find(path: str | Path) -> Path:

@@ -19,7 +19,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from ratlip import distributed
-from ratlip.config import dump, kept
+from ratlip.config import dump, settings_of
 from ratlip.pictures import curves, filmstrip, is_headline
 from ratlip.text import readable
 
@@ -114,7 +114,7 @@ class Monitor:
     def hparams(self, scores: dict[str, float]) -> None:
         """The settings and final scores for TensorBoard's table of runs; the scores are those below scores/."""
         if self.active:
-            settings = kept(self.config).items()
+            settings = settings_of(self.config).items()
             plain = {key: v if isinstance(v, bool | int | float) else readable(str(v)) for key, v in settings}
             final = {f"scores/{name}": value for name, value in scores.items() if is_headline(f"scores/{name}")}
             for summary in hparams(plain, final):

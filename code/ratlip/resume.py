@@ -56,8 +56,8 @@ def check(config: EasyDict, content: dict, clip: FrozenClip, epoch_steps: int | 
     Raises:
         UserError: the networks, CLIP, or the number of steps in an epoch would be others.
     """
-    now = {key: value for key, value in configuration.flatten(config).items() if key != "name"}
-    then = configuration.from_kept(content["config"])
+    now = configuration.settings_of(config)
+    then = {**configuration.default_settings(), **content["config"]}
     changed = [key for key in now if key in then and now[key] != then[key] and key not in SILENT]
     for key in changed:
         if FIXED.match(key):

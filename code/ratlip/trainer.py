@@ -393,7 +393,7 @@ def save(t: Training, config: EasyDict, scores: dict, epoch_steps: int, path: Pa
         return
     content = {
         "format": checkpoint.FORMAT,
-        "config": configuration.kept(config),
+        "config": configuration.settings_of(config),
         "clip": t.clip.identity,
         "epoch": t.epoch,
         "step": t.step,
