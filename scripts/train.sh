@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train: bash scripts/train.sh cfg/demo.yml [key=value ...]
+# Train: bash scripts/train.sh cfg/demo.yml [run=NAME] [key=value ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case " $* " in *" -h "* | *" --help "* | "  ") exec python3 code/train.py "$@" ;; esac # help and usage need no environment

@@ -1,9 +1,11 @@
 """Configuration: default.yml, then a run file, then key=value words; strict, with errors a person can act on."""
 
 import difflib
+import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,10 @@ from ratlip.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository
 DEFAULT = ROOT / "cfg" / "default.yml"
+OWN, RECORD = "config.yml", "run.json"  # in a run's folder: its settings, and whose it is (ratlip.runs)
+NO_SETTINGS = ("name", "file", "origin")  # what else a resolved configuration carries
+# What holds for one start of the program and no later one, unless the file says so.
+OF_A_START = ("train.resume", "train.max_hours")
 
 CHOICES = {
     "data.layout": ("demo", "bird", "flower", "face", "coco", "folder", "webdataset"),
@@ -112,33 +118,84 @@ OPTIONAL = {  # null, or of this type
 }
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where the settings of a configuration come from."""
+
+    stated: dict[str, Any]  # of the file, flat; with a run's own config.yml, of the file it was begun from
+    words: dict[str, Any]  # of the command line, flat
+    run: str | None  # what the word run= names
+    folder: Path | None  # the run whose own config.yml was given
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
     """The resolved configuration of a run file.
 
     Args:
-        path: a YAML file with any of the keys of cfg/default.yml.
-        overrides: words like "train.batch_size=8", stronger than the file.
+        path: a YAML file with any of the keys of cfg/default.yml; or the folder of a run, for its own config.yml.
+        overrides: words like "train.batch_size=8", stronger than the file; "run=NAME" names a run.
 
     Returns:
-        Every key of default.yml, as nested attributes; `name` is the run file's stem.
+        Every key of default.yml, as nested attributes. `name` is the run file's stem (of a run's own file: the name of
+        its experiment), `file` its path, `origin` an `Origin`.
 
     Raises:
         UserError: names the file or word, the key, and the nearest valid key.
     """
-    path = Path(path)
+    path, folder = Path(path), run_folder(path)
+    if folder:
+        path = folder / OWN
     if not path.is_file():
         known = ", ".join(sorted(p.name for p in DEFAULT.parent.glob("*.yml") if p != DEFAULT))
         raise UserError(f"no configuration file {path}; cfg/ has {known}")
-    defaults = default_settings()
-    settings = dict(defaults)
     content = _read_yaml(path)
     content = _translate(path, content) if "dataset_name" in content else flatten(content)
-    for source, values in ((str(path), content), *map(_read_word, overrides)):
-        for key, value in values.items():
-            if key not in defaults:
-                raise UserError(f"{source}: unknown key {key!r}{_nearest(key, defaults)}")
-            settings[key] = _check(source, key, value, defaults[key])
-    return EasyDict({"name": path.stem, **unflatten(settings)})
+    if folder:
+        content.pop("train.resume", None)  # as programs before this one left it
+    record = read_record(folder) if folder else {}
+    run, words = _run_and_settings(overrides)
+    defaults = default_settings()
+    content = _checked([(str(path), content)], defaults)
+    origin = Origin(record.get("stated", content), _checked(words, defaults), run, folder)
+    name = record.get("name") or (folder.resolve().parent.name if folder else path.stem)
+    return resolve({**defaults, **content, **origin.words}, name, str(path), origin)
+
+
+def resolve(settings: dict[str, Any], name: str, file: str, origin: Origin) -> EasyDict:
+    """Flat settings as nested attributes, with what else a configuration carries."""
+    return EasyDict({"name": name, "file": file, "origin": origin, **unflatten(settings)})
+
+
+def settings_of(config: EasyDict) -> dict[str, Any]:
+    """Every setting of a resolved configuration, flat."""
+    return flatten({key: value for key, value in config.items() if key not in NO_SETTINGS})
+
+
+def kept_settings(config: EasyDict) -> dict[str, Any]:
+    """Those that a run goes on with, flat: without what held for one start of the program only."""
+    origin, settings = config.get("origin"), settings_of(config)
+    for key in OF_A_START:
+        settings[key] = (origin.stated if origin else {}).get(key, default_settings()[key])
+    del settings["train.resume"]
+    return settings
+
+
+def run_folder(path: str | Path) -> Path | None:
+    """The folder of the run that is meant by its path, or by that of its own config.yml; None of any other file."""
+    path = Path(path)
+    folder = path.parent if path.name == OWN else path
+    if not (folder / OWN).is_file():
+        return None
+    return folder if path.is_dir() or (folder / RECORD).is_file() or any(folder.glob("state_epoch_*.pth")) else None
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a run's folder says of whose it is (`ratlip.runs`); {}: nothing, as with runs of earlier programs."""
+    try:
+        content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def default_settings() -> dict[str, Any]:
@@ -170,9 +227,8 @@ def unflatten(flat: dict[str, Any]) -> dict:
 
 
 def dump(config: EasyDict) -> str:
-    """The configuration as YAML that `load` reads back."""
-    tree = unflatten({key: value for key, value in flatten(config).items() if key != "name"})
-    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
+    """The configuration as YAML that `load` reads back, but for what held for one start only."""
+    return yaml.safe_dump(unflatten(kept_settings(config)), sort_keys=False, default_flow_style=None)
 
 
 def _read_yaml(path: Path) -> dict:
@@ -198,14 +254,34 @@ def _translate(path: Path, content: dict) -> dict[str, Any]:
     return translated
 
 
-def _read_word(word: str) -> tuple[str, dict]:
-    key, equals, value = word.partition("=")
-    if not equals or not key:
-        raise UserError(f"{word!r}: expected key=value, for example train.batch_size=8")
-    try:
-        return f"{word!r}", {key.strip(): yaml.safe_load(value)}
-    except yaml.YAMLError:
-        return f"{word!r}", {key.strip(): value}
+def _run_and_settings(words: Sequence[str]) -> tuple[str | None, list[tuple[str, dict]]]:
+    """The run that is named, if one is, and of each other word itself, and its key and value."""
+    run, settings = None, []
+    for word in words:
+        key, equals, value = (part.strip() for part in word.partition("="))
+        if not equals or not key:
+            raise UserError(f"{word!r}: expected key=value, for example train.batch_size=8")
+        if key == "run":
+            if not value:
+                raise UserError(f"{word!r}: expected the name of a run, or the path of its folder")
+            run = value
+            continue
+        try:
+            settings.append((repr(word), {key: yaml.safe_load(value)}))
+        except yaml.YAMLError:
+            settings.append((repr(word), {key: value}))
+    return run, settings
+
+
+def _checked(sources: Sequence[tuple[str, dict]], defaults: dict[str, Any]) -> dict[str, Any]:
+    """What each source says, later ones over earlier, each value in its default's type; UserError names the source."""
+    settings = {}
+    for source, values in sources:
+        for key, value in values.items():
+            if key not in defaults:
+                raise UserError(f"{source}: unknown key {key!r}{_nearest(key, defaults)}")
+            settings[key] = _check(source, key, value, defaults[key])
+    return settings
 
 
 def _nearest(key: str, known: dict) -> str:
