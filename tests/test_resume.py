@@ -3,8 +3,8 @@
 import json
 import os
 import random
-import resource
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -222,20 +222,44 @@ def test_resuming_picks_an_epoch_and_checks_the_configuration(words, whole, tmp_
     assert_refused(run("train.py", *words(tmp_path), f"train.resume={path}"), "other.pth is not a checkpoint of this")
 
 
-def test_a_path_begins_a_new_run_and_an_epoch_goes_on(words, whole, tmp_path):
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_path_and_an_earlier_epoch_begin_new_runs_and_touch_nothing_of_the_old(words, whole, tmp_path, call):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    path = only(tmp_path, "saved") / "state_epoch_003.pth"
-    more = ("train.max_epoch=4", "train.max_hours=1e-9")
-    assert run("train.py", *words(tmp_path), f"train.resume={path}", *more).returncode == 0
-    runs = sorted(path.parents[1].iterdir())
-    assert len(runs) == 2
-    (state,) = runs[1].glob("state*.pth")
+    old, before = only(tmp_path, "saved"), content(tmp_path)
+    result = call("train.py", *words(tmp_path), f"train.resume={old}/state_epoch_003.pth", "train.max_hours=1e-9")
+    assert result.returncode == 0, result.stderr
+    (other,) = set(old.parent.iterdir()) - {old}
+    (state,) = other.glob("state*.pth")
     assert checkpoint.read(state)["step"] == 1
     for kind in ("saved", "logs"):
-        shutil.rmtree(tmp_path / kind / "demo" / runs[1].name)
-    result = run("train.py", *words(tmp_path), "train.resume=3")
-    assert result.returncode == 0 and "(epoch 3, step 9)" in result.stdout, result.stderr
-    assert_undisturbed(tmp_path, whole)
+        shutil.rmtree(tmp_path / kind / "demo" / other.name)
+    # Back to an epoch: what follows is what the old run had, in a folder of its own.
+    result = call("train.py", *words(tmp_path), "state_epoch=2", "train.max_hours=1e-9")
+    assert result.returncode == 0, result.stderr
+    assert f"{old} has gone further than epoch 2 and stays as it is: a new run begins there" in result.stdout
+    (new,) = set(old.parent.iterdir()) - {old}
+    record = json.loads((new / "run.json").read_text())
+    assert (record["origin"]["epoch"], record["origin"]["run"]) == (2, json.loads(before_record(before))["id"])
+    result = call("train.py", new, "train.resume=auto")
+    assert result.returncode == 0 and "(epoch 2, step 7)" in result.stdout, result.stderr
+    assert_same(checkpoint.read(new / f"state_epoch_{EPOCHS:03}.pth"), last_state(whole))
+    lines = (tmp_path / "logs" / "demo" / new.name / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [3, 4]
+    after = content(tmp_path)
+    assert {name: after[name] for name in before} == before
+    # The furthest goes on in its own run.
+    result = call("train.py", old, f"state_epoch={EPOCHS}", f"train.max_epoch={EPOCHS + 1}")
+    assert result.returncode == 0 and (old / f"state_epoch_{EPOCHS + 1:03}.pth").is_file(), result.stderr
+    assert len(list(old.parent.iterdir())) == 2
+
+
+def before_record(files: dict[str, bytes]) -> bytes:
+    """run.json of the one run among these files."""
+    return next(text for name, text in files.items() if name.startswith("saved") and name.endswith("run.json"))
 
 
 def test_a_process_that_torchrun_starts_again_goes_on(words, whole, tmp_path):
