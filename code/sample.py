@@ -18,8 +18,10 @@ def main() -> None:
         epilog='example:\n  bash scripts/sample.sh cfg/demo.yml "a large red ring at the top on a white background" '
         "--n 4 --out samples",
     )
-    parser.add_argument("config", help="a YAML file such as cfg/demo.yml")
-    parser.add_argument("words", nargs="+", metavar="caption|key=value", help="captions to draw; settings to override")
+    parser.add_argument("config", help="a YAML file such as cfg/demo.yml, or a run's folder")
+    parser.add_argument(
+        "words", nargs="+", metavar="caption|key=value", help="captions to draw; settings to override; run=NAME"
+    )
     parser.add_argument("--checkpoint", type=typed, help="a checkpoint of ours, or a released GALIP or RATLIP file")
     parser.add_argument("--n", type=int, default=8, help="pictures of each caption (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
@@ -35,7 +37,7 @@ def main() -> None:
     )
     arguments = parser.parse_intermixed_args()
 
-    overrides = [word for word in arguments.words if re.match(r"[a-z_]+(\.[a-z_]+)+=", word)]
+    overrides = [word for word in arguments.words if re.match(r"run=|[a-z_]+(\.[a-z_]+)+=", word)]
     captions = [word for word in arguments.words if word not in overrides]
     if not captions:
         raise UserError("no caption given; add one in quotes after the configuration")

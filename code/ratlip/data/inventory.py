@@ -1,6 +1,7 @@
 """Which items of a data set can be used, and its images resized: found out once, kept beside the data."""
 
 import os
+import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -77,7 +78,7 @@ def usable_items(config: EasyDict, split: str) -> list[Item]:
     """
     stock = take_stock(config.data, split)
     lost = [problem.message for problem in stock.lost]
-    more = f"{command('prepare.sh')} cfg/{config.name}.yml lists all"
+    more = f"{command('prepare.sh')} {shlex.quote(config.file)} lists all"
     if too_many_lost(stock):
         for message in lost[:LISTED]:
             distributed.say(message)
