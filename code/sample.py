@@ -21,10 +21,9 @@ def main() -> None:
         "--n 4 --out samples/ring\n  bash scripts/sample.sh cfg/bird.yml --captions captions.txt --n 1 --device auto\n"
         '  bash scripts/sample.sh cfg/bird.yml -- "- 5 = five birds"     captions that look like something else',
     )
-    parser.add_argument("config", help="a YAML file such as cfg/demo.yml")
-    parser.add_argument(
-        "words", nargs="*", default=[], metavar="caption|key=value", help="captions to draw; settings to override"
-    )
+    parser.add_argument("config", help="a YAML file such as cfg/demo.yml, or a run's folder")
+    words_help = "captions to draw; settings to override; run=NAME"
+    parser.add_argument("words", nargs="*", default=[], metavar="caption|key=value", help=words_help)
     parser.add_argument("--captions", type=typed, metavar="FILE", help="a text file with a caption a line")
     parser.add_argument("--checkpoint", type=typed, help="a checkpoint of ours, or a released GALIP or RATLIP file")
     parser.add_argument("--n", type=int, default=8, help="pictures of each caption (default 8)")

@@ -28,9 +28,13 @@ def main() -> None:
         "\n\nexamples:\n  bash scripts/test.sh cfg/demo.yml\n  bash scripts/test.sh cfg/bird.yml galip_bird.pth "
         '"eval.metrics=[fid_released,clip_score]"',
     )
-    parser.add_argument("config", help="a YAML file such as cfg/demo.yml")
+    parser.add_argument("config", help="a YAML file such as cfg/demo.yml, or a run's folder")
     parser.add_argument(
-        "words", nargs="*", default=[], metavar="checkpoint|key=value", help="what to score; settings to override"
+        "words",
+        nargs="*",
+        default=[],
+        metavar="checkpoint|key=value",
+        help="what to score; settings to override; run=NAME: the newest checkpoint of a run",
     )
     parser.add_argument("--images", type=typed, metavar="DIR", help="score these pictures; captions in .txt beside")
     parser.add_argument("--against", type=typed, metavar="DIR", help="compare with these pictures, not the test split")
@@ -60,7 +64,7 @@ def evaluate(
     """Score, print the table, keep it in the logs; gives the metrics that could not be computed."""
     from torch.utils.tensorboard import SummaryWriter  # takes seconds, like all below: mistakes above are told at once
 
-    from ratlip import build, distributed
+    from ratlip import build, distributed, runs
     from ratlip import device as devices
     from ratlip.data.inventory import usable_items
     from ratlip.evaluation import Evaluator, Scorer, score_folder, scores_table
@@ -91,7 +95,7 @@ def evaluate(
         scores, protocols = evaluator(generator), evaluator.protocols
 
     if distributed.rank() == 0:
-        folder = Path(resolved.log.dir) / resolved.name / time.strftime("test_%Y-%m-%d_%H-%M-%S")
+        folder = runs.new_folder(Path(resolved.log.dir) / resolved.name, time.strftime(f"test_{runs.TIME}"))
         with SummaryWriter(str(folder)) as board:
             write_scores(folder, board, scores, {"scored": loaded}, protocols)
         print(f"\n{scores_table({'score': scores})}\n")

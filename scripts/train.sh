@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train: bash scripts/train.sh cfg/demo.yml [key=value ...]
+# Train: bash scripts/train.sh cfg/demo.yml [run=NAME] [key=value ...]
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")") # no cd: paths on the command line are the caller's
 case " $* " in *" -h "* | *" --help "* | "  ") exec python3 "$here/../code/train.py" "$@" ;; esac # help and usage need no environment

@@ -1,13 +1,19 @@
 """Several processes under torchrun: who this one is, sums and means over all, and saying things once."""
 
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from ratlip.errors import UserError
+
+Result = TypeVar("Result")
 
 # A process that waits longer than this for another gives up. They all wait while the first checks a large data set
 # that `prepare.sh` has not.
@@ -53,6 +59,25 @@ def same(text: str) -> str:
     box = [text]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def first_decides(decide: Callable[[], Result]) -> Result:
+    """What `decide()` gives on the first process, on all; where it raises UserError there, all leave."""
+    if not dist.is_initialized():
+        return decide()
+    box: list = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = decide()
+        except UserError as error:
+            box[1] = error
+    dist.broadcast_object_list(box)
+    result, refusal = box
+    if refusal and rank() == 0:
+        raise refusal
+    if refusal:
+        sys.exit(2)  # the first process says why
+    return result
 
 
 def sum_over_processes(tensors: Iterable[Tensor], device: torch.device) -> None:

@@ -1,5 +1,6 @@
 """From captions to images: finding a checkpoint, loading its generator, seeded noise."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from easydict import EasyDict
 from torch import Tensor
 
-from ratlip import build, checkpoint, released
+from ratlip import build, checkpoint, released, runs
 from ratlip import config as configuration
 from ratlip import device as devices
 from ratlip.clip_towers import OPENAI, FrozenClip, require_same, trained_with
@@ -94,15 +95,19 @@ def similarities(clip: FrozenClip, images: Tensor, sentences: Tensor) -> Tensor:
 
 
 def find_checkpoint(config: EasyDict) -> Path:
-    """The newest checkpoint trained with this configuration, else the one shipped for it."""
-    trained = checkpoint.newest_first(Path(config.log.save_dir) / config.name)
-    if trained:
-        return trained[0]
+    """The furthest checkpoint of the run that is named, else of the newest trained with this configuration, else the
+    one shipped for it."""
+    named = runs.named(config)
+    for run in [named] if named else runs.of_experiment(config):
+        if heads := run.heads():
+            return heads[0].path
+    if named:
+        raise UserError(f"{runs.shown(named.folder)} holds no checkpoint yet that can be read")
     if config.model.shipped:
         return Path(config.model.shipped)
     raise UserError(
-        f"nothing has been trained with {config.name} yet (no checkpoint below {config.log.save_dir}/{config.name}); "
-        f"run: {command('train.sh')} cfg/{config.name}.yml, or name a checkpoint"
+        f"nothing has been trained with {config.file} yet (no checkpoint of it below {config.log.save_dir}); "
+        f"run: {command('train.sh')} {shlex.quote(config.file)}, or name a checkpoint{runs.strangers(config, 'sample')}"
     )
 
 

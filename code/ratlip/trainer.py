@@ -1,6 +1,5 @@
 """Training: the step of generator and discriminator, and the loop around it."""
 
-import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam
 from torch.utils.data import DataLoader
 
-from ratlip import build, checkpoint, distributed, losses, resume
+from ratlip import build, checkpoint, distributed, losses, resume, runs
 from ratlip import config as configuration
 from ratlip import device as devices
 from ratlip.augment import augment
@@ -61,6 +60,7 @@ class Training:
     epoch: int = 0  # finished epochs
     bad_steps: int = 0  # steps left out because something was not finite
     bad_in_a_row: int = 0
+    run: runs.Run | None = None  # that its checkpoints belong to
 
     def __post_init__(self):
         s, betas = self.settings, (self.settings.beta1, self.settings.beta2)
@@ -266,22 +266,29 @@ def train(config: EasyDict, words: Sequence[str] = ()) -> None:
     """Train as `config` says, from the start or going on, and leave checkpoints, logs and grids behind.
 
     Args:
-        words: key=value words of the command line, to be repeated on resuming.
+        words: key=value words of the command line, without those that ask to resume.
     """
     started = time.time()
+    distributed.start()
+    start = resume.decide(config, list(words))
+    try:
+        _train(resume.resolved(config, start), start, list(words), started)
+    finally:
+        start.leave()
+
+
+def _train(config: EasyDict, start: resume.Start, words: list[str], started: float) -> None:
+    """`train` with the settings that hold, where it is decided which run goes on. `started`: the time limit's begin."""
     t, batches, loader, evaluator = prepare(config)
-    run, content = resume.find(config)
+    content = resume.read(start)
     scores: dict[str, dict[str, float]] = {}  # columns of the closing table: start, end, best
     if content:
-        resume.check(config, content, t.clip, len(batches) if run else None)
-        scores = restore(t, content, same_run=run is not None)
-    run = run or distributed.same(time.strftime("%Y-%m-%d_%H-%M-%S"))
-    save_folder = Path(config.log.save_dir) / config.name / run
-    monitor = Monitor(Path(config.log.dir) / config.name / run, config, t.epoch if scores else -1, t.step, len(batches))
+        resume.check(config, content, t.clip, len(batches) if start.place else None)
+        scores = restore(t, content, start.place)
+    start.enter(config, words)
+    t.run, save_folder = start.run, start.run.folder
+    monitor = Monitor(start.run.logs, config, t.epoch if scores else -1, t.step, len(batches))
     trace = Trace(config.train.profile, monitor.folder)
-    if distributed.rank() == 0:
-        save_folder.mkdir(parents=True, exist_ok=True)
-        (save_folder / "config.yml").write_text(configuration.dump(config))
     distributed.say(
         f"{config.model.name} on {t.sentences.device} in {t.precision}: {len(loader.dataset)} training images, "
         f"{len(batches)} steps an epoch, epochs: {config.train.max_epoch}; logs in {monitor.folder}"
@@ -302,6 +309,8 @@ def train(config: EasyDict, words: Sequence[str] = ()) -> None:
             t.generator.train()
             for batch in loader:
                 values = train_step(t, Batch(*(tensor.to(t.sentences.device, non_blocking=True) for tensor in batch)))
+                if t.run.lost:
+                    t.run.confirm()
                 monitor.step(values, t.step)
                 trace.step()
                 if t.bad_in_a_row >= config.train.max_bad_steps:
@@ -314,11 +323,13 @@ def train(config: EasyDict, words: Sequence[str] = ()) -> None:
             epoch = t.epoch + 1
             last = epoch == config.train.max_epoch
             monitor.epoch(epoch, t.step)
+            t.run.confirm()
             if last or epoch % config.log.gen_interval == 0:
                 monitor.grid(sample_grid(t, evaluator), epoch, t.step)
             if last or epoch % config.log.test_interval == 0:
                 with stop.at_once():
                     scores["end"] = evaluator(t.ema or t.generator)
+                t.run.confirm()
                 monitor.scores(scores["end"], evaluator.protocols, epoch, t.step)
             t.epoch = epoch
             if scores["end"] is not scores["best"] and evaluator.better(scores["end"], scores["best"]):
@@ -326,12 +337,11 @@ def train(config: EasyDict, words: Sequence[str] = ()) -> None:
                 save(t, config, scores, len(batches), save_folder / "best.pth")
             if last or epoch % config.log.save_interval == 0:
                 save(t, config, scores, len(batches), save_folder / f"state_epoch_{epoch:03}.pth")
-                checkpoint.keep_newest(save_folder, config.train.keep)
+                checkpoint.keep_newest(save_folder, config.train.keep, t.run.id)
     except Stopped as cause:
         if scores:  # else nothing has been trained yet
             save(t, config, scores, len(batches), save_folder / f"state_epoch_{t.epoch:03}_step_{t.step:08}.pth")
-        again = shlex.join([f"cfg/{config.name}.yml", *words])
-        distributed.say(f"\nstopped by {cause} and saved; go on with: {command('resume.sh')} {again}")
+        distributed.say(f"\nstopped by {cause} and saved; go on with: {command('resume.sh')} {runs.quoted(t.run)}")
         draw_course(t, monitor)
     else:
         distributed.say(f"\n{scores_table(scores)}\n")
@@ -339,6 +349,8 @@ def train(config: EasyDict, words: Sequence[str] = ()) -> None:
         draw_course(t, monitor)
     finally:
         trace.close()
+        if t.run.lost:
+            monitor.active = False  # nothing more is written, whatever it still holds
         monitor.close()
         stop.close()
     distributed.say(f"checkpoints  {save_folder}\nlogs, grids  {monitor.folder}")
@@ -348,7 +360,7 @@ def train(config: EasyDict, words: Sequence[str] = ()) -> None:
 
 def diverged(t: Training, save_folder: Path) -> UserError:
     """What to say when nothing finite comes any more."""
-    good = checkpoint.newest_first(save_folder)
+    good = checkpoint.newest_first(save_folder, t.run.id)
     return UserError(
         f"training diverged: {t.bad_in_a_row} steps in a row (to step {t.step}) had a loss or gradient that is not "
         f"finite; the last good checkpoint is {good[0] if good else 'not yet written'}. Lower train.lr_g and "
@@ -391,9 +403,13 @@ def save(t: Training, config: EasyDict, scores: dict, epoch_steps: int, path: Pa
     """
     if distributed.rank() > 0:
         return
+    if t.run:
+        t.run.confirm()
     content = {
         "format": checkpoint.FORMAT,
-        "config": configuration.settings_of(config),
+        "run": t.run.id if t.run else None,
+        "saved": time.time(),
+        "config": configuration.kept_settings(config),
         "clip": t.clip.identity,
         "epoch": t.epoch,
         "step": t.step,
@@ -410,8 +426,8 @@ def save(t: Training, config: EasyDict, scores: dict, epoch_steps: int, path: Pa
     checkpoint.save(content, path)
 
 
-def restore(t: Training, content: dict, same_run: bool) -> dict[str, dict[str, float]]:
-    """Take over a checkpoint's networks and optimisers and, of the same run, its place; gives that place's scores."""
+def restore(t: Training, content: dict, place: bool) -> dict[str, dict[str, float]]:
+    """Take over a checkpoint's networks and optimisers and, if asked, its place; gives that place's scores."""
     t.generator.load_state_dict(content["generator"])
     t.discriminator.load_state_dict(content["discriminator"])
     if t.ema is not None:
@@ -420,7 +436,7 @@ def restore(t: Training, content: dict, same_run: bool) -> dict[str, dict[str, f
         optimizer.load_state_dict(content[name])
         for group in optimizer.param_groups:
             group["betas"] = (t.settings.beta1, t.settings.beta2)  # as the configuration says now
-    if not same_run:
+    if not place:
         return {}
     if content["scaler"]:  # empty where the run was not in fp16 until now
         t.scaler.load_state_dict(content["scaler"])

@@ -95,7 +95,7 @@ def build_folder(root: Path, keys: list[str]) -> Path:
 def read_items(layout: str, root: Path, split: str) -> list[Item]:
     """The items as training gets them."""
     data = {"layout": layout, "dir": str(root), "num_workers": 0, "enlarge": 1.0}
-    return usable_items(EasyDict(name="mine", data=data, model={"imsize": 16}), split)
+    return usable_items(EasyDict(file="cfg/mine.yml", data=data, model={"imsize": 16}), split)
 
 
 def refused(layout: str, root: Path, split: str, *parts: object) -> str:

@@ -1,6 +1,7 @@
 """Which items of a data set can be used, and its images resized: found out once, kept beside the data."""
 
 import hashlib
+import shlex
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -95,7 +96,7 @@ def usable_items(config: EasyDict, split: str) -> list[Item]:
     """
     stock = take_stock(config.data, split)
     lost = [problem.message for problem in stock.lost]
-    more = f"{command('prepare.sh')} cfg/{config.name}.yml lists all"
+    more = f"{command('prepare.sh')} {shlex.quote(config.file)} lists all"
     if too_many_lost(stock) or not stock.items:
         for problem in sorted(stock.problems, key=lambda problem: not problem.lost)[:LISTED]:
             distributed.say(problem.message)
