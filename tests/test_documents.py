@@ -27,6 +27,7 @@ ELSEWHERE = {
     r"bash scripts/prepare\.sh cfg/bird\.yml .*": "tests/test_preparation.py::test_the_table_and_the_cache",
     r"(GPUS=2 )?bash scripts/train\.sh cfg/bird\.yml": "tests/test_distributed.py::test_two_processes_train_as_one",
     r"bash scripts/resume\.sh cfg/bird\.yml": "tests/test_distributed.py::test_two_processes_stop_together_and_resume",
+    r"bash scripts/resume\.sh saved_models/bird/\S+": "tests/test_runs.py::test_the_printed_command_goes_on",
     r"bash scripts/resume\.sh cfg/bird\.yml state_epoch=120": "tests/test_resume.py::test_resuming_picks_an_epoch",
     r"sbatch scripts/slurm\.sbatch cfg/bird\.yml": "tests/test_scripts.py::test_all_scripts_parse",
     r"bash scripts/test\.sh cfg/bird\.yml": "tests/test_evaluation.py::test_statistics_are_made_once",

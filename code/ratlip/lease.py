@@ -182,7 +182,7 @@ def _machine() -> str:
     """Where a process number means the same process: this boot of this machine, in this container."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
     return "" if Path("/proc/self/stat").is_file() else socket.gethostname()
 
 

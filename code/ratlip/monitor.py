@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ratlip import distributed
 from ratlip.config import dump, settings_of
 from ratlip.pictures import curves, filmstrip, is_headline
+from ratlip.runs import Run
 from ratlip.text import readable
 
 LOG_EVERY = 10  # steps between looks at the losses, each of which waits for the device
@@ -29,26 +30,26 @@ GIB = 2**30
 
 
 class Monitor:
-    """Shows a run on the terminal and keeps its logs below `folder`; silent on all processes but the first.
+    """Shows a run on the terminal and keeps its logs; silent on all processes but the first.
 
     A run that goes on from a checkpoint (of so many finished epochs and steps) continues its logs: what was logged
     after that checkpoint is dropped. Epoch -1: there was none, and all is dropped.
     """
 
-    def __init__(self, folder: Path, config: EasyDict, epoch: int, step: int, epoch_steps: int):
-        self.folder, self.config, self.epoch_steps = folder, config, epoch_steps
+    def __init__(self, run: Run, config: EasyDict, epoch: int, step: int, epoch_steps: int):
+        self.run, self.folder, self.config, self.epoch_steps = run, run.logs, config, epoch_steps
         self.total_steps = epoch_steps * config.train.max_epoch
         self.active = distributed.rank() == 0
         self.first_step, self.started = step, time.time()
         self.last_look = self.epoch_ended = self.started
         self.values: dict[str, Tensor] = {}
         if self.active:
-            (folder / "grids").mkdir(parents=True, exist_ok=True)
+            (self.folder / "grids").mkdir(parents=True, exist_ok=True)
             self._drop_scores_after(epoch)
             for path, of in self._grids().items():
                 if of > epoch:
                     path.unlink()
-            self.board = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+            self.board = SummaryWriter(str(self.folder), purge_step=step + 1 if step else 0)
             self.board.add_text("config", f"```\n{dump(config)}\n```", step)
         self.on_terminal = self.active and sys.stderr.isatty()
         self.bar = tqdm(
@@ -85,12 +86,14 @@ class Monitor:
         """One evaluation, and how its scores came about."""
         self._took_time()
         if self.active:
+            self.run.confirm()
             write_scores(self.folder, self.board, scores, {"epoch": epoch, "step": step}, protocols)
 
     def grid(self, image: Image.Image, epoch: int, step: int) -> None:
         """A sample grid, as PNG and in TensorBoard."""
         self._took_time()
         if self.active:
+            self.run.confirm()
             _save(image, self.folder / "grids" / f"epoch_{epoch:04}.png")
             self.board.add_image("samples", np.asarray(image), step, dataformats="HWC")
 
@@ -98,6 +101,7 @@ class Monitor:
         """filmstrip.png: one row of the grids of pictures of this side, over the run; curves.png: losses, scores."""
         if not self.active or not (grids := self._grids()):
             return
+        self.run.confirm()
         sizes = {path: size for path in grids if (size := _size(path))}
         alike = [path for path, size in sizes.items() if size == list(sizes.values())[-1]]
         shown = sorted({round(place) for place in np.linspace(0, len(alike) - 1, FRAMES)})

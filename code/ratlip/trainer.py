@@ -287,7 +287,7 @@ def _train(config: EasyDict, start: resume.Start, words: list[str], started: flo
         scores = restore(t, content, start.place)
     start.enter(config, words)
     t.run, save_folder = start.run, start.run.folder
-    monitor = Monitor(start.run.logs, config, t.epoch if scores else -1, t.step, len(batches))
+    monitor = Monitor(start.run, config, t.epoch if scores else -1, t.step, len(batches))
     trace = Trace(config.train.profile, monitor.folder)
     distributed.say(
         f"{config.model.name} on {t.sentences.device} in {t.precision}: {len(loader.dataset)} training images, "
@@ -323,13 +323,11 @@ def _train(config: EasyDict, start: resume.Start, words: list[str], started: flo
             epoch = t.epoch + 1
             last = epoch == config.train.max_epoch
             monitor.epoch(epoch, t.step)
-            t.run.confirm()
             if last or epoch % config.log.gen_interval == 0:
                 monitor.grid(sample_grid(t, evaluator), epoch, t.step)
             if last or epoch % config.log.test_interval == 0:
                 with stop.at_once():
                     scores["end"] = evaluator(t.ema or t.generator)
-                t.run.confirm()
                 monitor.scores(scores["end"], evaluator.protocols, epoch, t.step)
             t.epoch = epoch
             if scores["end"] is not scores["best"] and evaluator.better(scores["end"], scores["best"]):
