@@ -64,7 +64,7 @@ class Course:
         self.batches.epoch, self.batches.start = t.epoch, t.step - t.epoch * len(self.batches)
         t.generator.train()
         for batch in self.stop.arriving(self.loader):
-            batch = batch.to(device)
+            batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
             distributed.meet(device)
             t.in_step = True
             values = self.step(batch)
@@ -152,7 +152,6 @@ class Course:
         except RuntimeError:  # a process has died; torchrun ends this one in some seconds
             causes, alone = [(True, errors.first_line(cause))], True
         failures = [f"process {rank}: {text[1]}" for rank, text in enumerate(causes) if text and text[0]]
-        stopped = next((text[1] for text in causes if text and not text[0]), None)
 
         unsaved, kept = None, "nothing has been trained yet"
         if self.scores:
@@ -165,6 +164,7 @@ class Course:
         if failures and not isinstance(own, Exception):
             distributed.say(f"\nstopped by {failures[0]}; {kept}")
         elif not failures and unsaved is None:
+            stopped = next(text[1] for text in causes if text)
             distributed.say(f"\nstopped by {stopped} and saved; go on with: {again}")
         if not alone:
             kept = distributed.same(kept)  # when the first process has saved: torchrun ends all once one has ended

@@ -82,17 +82,18 @@ def train_step(t: Training, batch: Batch) -> dict[str, Tensor]:
         loss terms, gradient norms and learning rates, by TensorBoard tag; not yet read from the device.
     """
     generator, discriminator, scaler = t.generator, t.discriminator, t.scaler
+    images = to_floats(batch.images)  # (B, 3, S, S) in [-1, 1]; bytes until here
     if t.settings.compile:
         torch.compiler.cudagraph_mark_step_begin()  # what CUDA graphs gave in the step before may be overwritten
     sentences = t.sentences[batch.rows].requires_grad_()  # (B, E); MA-GP differentiates with respect to them
-    noise, real_draws, fake_draws = randomness(t, len(batch.images))
+    noise, real_draws, fake_draws = randomness(t, len(images))
     set_learning_rates(t)
     batch_norm = [buffer.clone() for buffer in generator.buffers()]
 
     with devices.autocast(noise.device, t.precision):
         # What CLIP sees. No graph goes through it for real images: MA-GP starts at its feature maps.
         with torch.no_grad():
-            real_maps = discriminator.prepare(t.feature_maps(augment(batch.images, real_draws)))  # (B, N, W, g, g)
+            real_maps = discriminator.prepare(t.feature_maps(augment(images, real_draws)))  # (B, N, W, g, g)
         real_maps.requires_grad_()
         fake_maps, fake_embeddings = t.see(augment(t.draw(noise, sentences.detach()), fake_draws))
         fake_maps = discriminator.prepare(fake_maps)

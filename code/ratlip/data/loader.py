@@ -45,14 +45,9 @@ class Draw(NamedTuple):
 class Batch(NamedTuple):
     """What the training step reads; the rows point into the table of sentence embeddings."""
 
-    images: Tensor  # (B, 3, S, S): bytes as a loader gives them, float32 in [-1, 1] once `to` a device
+    images: Tensor  # (B, 3, S, S): bytes as they are loaded, or float32 in [-1, 1]
     rows: Tensor  # (B,) int64
     mismatched_rows: Tensor  # (B,) int64
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """On a device, as a step reads it."""
-        images, *rows = (tensor.to(device, non_blocking=True) for tensor in self)
-        return Batch(to_floats(images), *rows)
 
 
 class EpochBatches(Sampler[list[Draw]]):
@@ -256,7 +251,9 @@ def to_bytes(image: Image.Image) -> Tensor:
 
 
 def to_floats(images: Tensor) -> Tensor:
-    """Bytes of any shape -> float32 in [-1, 1], the same on every device."""
+    """Bytes of any shape -> float32 in [-1, 1], the same on every device; floats stay."""
+    if images.is_floating_point():
+        return images
     # A GPU would multiply by the rounded inverse of a plain number.
     return images.float().div_(torch.full((), 127.5, device=images.device)).sub_(1)
 
