@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from ratlip import distributed
-from ratlip.errors import UserError
+from ratlip.errors import KILLED, MACHINE, UserError, first_line
 
 # USR1: what SLURM is told to send before its limit; HUP: a terminal that closes, a connection that breaks.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -90,6 +90,8 @@ class Stop:
                 minutes = LONGEST // 60
                 raise UserError(f"no picture came for {minutes} minutes: does the disk of data.dir answer?") from None
             raise
+        except (ConnectionError, EOFError) as error:  # in the midst of handing over
+            raise UserError(f"{MACHINE[KILLED]} ({first_line(error)})") from None
         finally:
             signal.alarm(0)
 
