@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from ratlip import distributed, output
+from ratlip import distributed
 
 LARGEST = 10  # items printed
 
@@ -37,8 +37,7 @@ class Trace:
             self.profiler.stop()
 
     def _keep(self, profiler: profile) -> None:
-        with output.optional(self.path.parent):
-            profiler.export_chrome_trace(str(self.path))
+        profiler.export_chrome_trace(str(self.path))
         place = "cuda" if torch.cuda.is_available() else "cpu"
         table = profiler.key_averages().table(sort_by=f"self_{place}_time_total", row_limit=LARGEST)
         distributed.say(f"{table}\ntrace        {self.path}")
