@@ -60,8 +60,12 @@ def test_errors_that_nobody_reads(tmp_path, nobody):
 
 
 def test_a_full_disk_and_closed_streams(tmp_path):
-    with open("/dev/full", "w") as full:
-        assert printing(tmp_path, stdout=full, stderr=full).returncode == 0
+    def limit() -> None:  # of the size of a file, beyond which nothing can be written to it
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    with open(tmp_path / "printed", "w") as full:
+        assert printing(tmp_path, stdout=full, stderr=full, preexec_fn=limit).returncode == 0
+    assert (tmp_path / "end").exists() and (tmp_path / "printed").stat().st_size == 2000
     closed = f"import os; os.close(1); os.close(2); os.execv({sys.executable!r}, __import__('sys').argv[1:])"
     command = [sys.executable, "-c", closed, sys.executable, "-c", PRINTS.format(end=""), tmp_path / "closed"]
     assert subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT / "code")}, timeout=60).returncode == 0

@@ -10,11 +10,15 @@ BATCHES = "train.batch_size or eval.batch_size"
 SMALLER = "lower {}, then model.imsize or model.nf; on GPUs try train.precision=bf16"
 CPU = "can't allocate memory"
 KILLED = "DataLoader worker (pid"
+SHARED = (
+    "no shared memory left for the processes that load images: lower data.num_workers (0 needs none), "
+    "or give the container more (docker run --shm-size=8g)"
+)
 MACHINE = {
     "CUDA out of memory": f"the GPU's memory is full: {SMALLER}; nvidia-smi shows what else is on it",
     CPU: f"the memory is full: {SMALLER}",
-    "shared memory": "no shared memory left for the processes that load images: lower data.num_workers (0 needs none), "
-    "or give the container more (docker run --shm-size=8g)",
+    "shared memory": SHARED,
+    "</torch_": SHARED,
     KILLED: "a process that loads images was killed, mostly for want of memory: lower data.num_workers",
 }
 
