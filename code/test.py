@@ -62,13 +62,11 @@ def evaluate(
     resolved: "EasyDict", checkpoint: Path | None = None, images: Path | None = None, against: Path | None = None
 ) -> list[str]:
     """Score, print the table, keep it in the logs; gives the metrics that could not be computed."""
-    from torch.utils.tensorboard import SummaryWriter  # takes seconds, like all below: mistakes above are told at once
-
-    from ratlip import build, distributed, runs
+    from ratlip import build, distributed, runs  # takes seconds, like all below: mistakes above are told at once
     from ratlip import device as devices
     from ratlip.data.inventory import usable_items
     from ratlip.evaluation import Evaluator, Scorer, score_folder, scores_table
-    from ratlip.monitor import write_scores
+    from ratlip.monitor import Board, write_scores
     from ratlip.sampling import find_checkpoint, load_generator
 
     place = devices.choose(resolved.train.device, distributed.start())
@@ -95,12 +93,12 @@ def evaluate(
         scores, protocols = evaluator(generator), evaluator.protocols
 
     if distributed.rank() == 0:
-        folder = runs.new_folder(Path(resolved.log.dir) / resolved.name, time.strftime(f"test_{runs.TIME}"))
-        with SummaryWriter(str(folder)) as board:
-            write_scores(folder, board, scores, {"scored": loaded}, protocols)
         print(f"\n{scores_table({'score': scores})}\n")
         for name, protocol in protocols.items():
             print(f"{name}: {protocol}")
+        # When all has been shown: logs that cannot be written cost no scores.
+        folder = runs.new_folder(Path(resolved.log.dir) / resolved.name, time.strftime(f"test_{runs.TIME}"))
+        write_scores(folder, Board(folder), scores, {"scored": loaded}, protocols)
         print(f"kept in {folder}")
     distributed.stop()
     return scorer.missing

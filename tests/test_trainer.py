@@ -11,7 +11,7 @@ from helpers import TINY_RUN, assert_refused, run, watch_gradients
 from PIL import Image
 
 from ratlip import checkpoint, config
-from ratlip.data.loader import Batch, Draw
+from ratlip.data.loader import Batch, Draw, to_floats
 from ratlip.models import blocks
 from ratlip.trainer import prepare, train_step
 
@@ -71,7 +71,7 @@ def test_whitening_is_that_of_training_images(make):
     training, _, loader = make("model.d_whiten=true")
     items = range(len(loader.dataset))
     images = torch.stack([loader.dataset[Draw(0, number, 0, 0)][0] for number in items])  # fewer than are looked at
-    prepared = training.discriminator.prepare(training.clip.feature_maps(images))
+    prepared = training.discriminator.prepare(training.clip.feature_maps(to_floats(images)))
     assert prepared.mean(0).abs().max() < 1e-3 and 0.1 < prepared.std() <= 1
     assert not make("model.d_whiten=false")[0].discriminator.whiten
 
@@ -117,7 +117,7 @@ def test_step_equals_the_losses_written_out(make, whiten):
     rng = np.random.default_rng((s.seed, 0))
     noise = torch.from_numpy(rng.standard_normal((s.batch_size, g.noise_dim), dtype=np.float32))
 
-    real = d.prepare(clip.image(batch.images)[0]).requires_grad_()
+    real = d.prepare(clip.image(to_floats(batch.images))[0]).requires_grad_()
     leaf = sentence.clone().requires_grad_()
     logits = d.logits(d.features(real), leaf)
     gradients = torch.autograd.grad(logits.sum(), (real, leaf), create_graph=True)
@@ -160,7 +160,7 @@ def test_a_batch_that_is_not_finite_changes_nothing(make):
     first, second, third = list(loader)
     train_step(training, first)
     before = copy.deepcopy([net.state_dict() for net in (training.generator, training.discriminator, training.ema)])
-    poisoned = second._replace(images=second.images.clone())
+    poisoned = second._replace(images=to_floats(second.images))
     poisoned.images[0, 0, 5, 5] = torch.nan
     values = train_step(training, poisoned)
     after = [net.state_dict() for net in (training.generator, training.discriminator, training.ema)]

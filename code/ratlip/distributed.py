@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,11 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_world_size() -> int:
+    """Number of processes on this machine, where torchrun says so; else all."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def say(message: str) -> None:
@@ -97,6 +102,28 @@ def any_process(flag: bool, device: torch.device) -> bool:
     box = torch.tensor(float(flag), device=device)
     dist.all_reduce(box)
     return bool(box > 0)
+
+
+class Elsewhere(Exception):
+    """Another process has failed, or was asked to stop."""
+
+
+def meet(device: torch.device) -> None:
+    """Before work in which processes wait for each other. One that cannot go on comes with `any_process(True)`.
+
+    Raises:
+        Elsewhere: one of the others did.
+    """
+    if any_process(False, device):
+        raise Elsewhere
+
+
+def gather(thing: Any) -> list[Any]:
+    """What each process gives, by rank, on all of them."""
+    things = [thing] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(things, thing)
+    return things
 
 
 def mean_gradients(network: nn.Module) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from easydict import EasyDict
-from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ratlip import distributed
@@ -18,7 +17,7 @@ from ratlip.data.demo import parse_caption
 from ratlip.data.files import find_pictures
 from ratlip.data.inventory import cache_folder
 from ratlip.data.items import Item
-from ratlip.data.loader import EnlargedTestImages, Pictures, TestImages, same_size_batches
+from ratlip.data.loader import EnlargedTestImages, Pictures, TestImages, picture_batches
 from ratlip.errors import UserError
 from ratlip.metrics import METRICS, reference
 from ratlip.metrics.features import SPACES, MissingWeights, Space, padded
@@ -99,6 +98,7 @@ class Scorer:
                         metric.update(scored)
                 bar.update(len(scored.images) * distributed.world_size())
 
+        distributed.meet(self.device)
         scores = {}
         with stages("statistics"):
             for metric in metrics:
@@ -260,12 +260,10 @@ def score_folder(scorer: Scorer, folder: Path) -> tuple[dict[str, float], dict[s
         _leave_out_caption_accuracy(scorer, texts)
 
     def batches() -> Iterator[Scored]:
-        own = Subset(Pictures(paths), range(distributed.rank(), len(paths), distributed.world_size()))
-        size, workers = scorer.config.eval.batch_size, scorer.config.data.num_workers
-        for groups in DataLoader(own, size, num_workers=workers, collate_fn=same_size_batches):
-            for images, numbers in groups:
-                captioned = ([texts[n] for n in numbers], sentences[numbers]) if texts else (None, None)
-                yield Scored(numbers, images.to(scorer.device), *captioned)
+        loading = (scorer.config.eval.batch_size, scorer.config.data.num_workers, scorer.device)
+        for images, numbers in picture_batches(Pictures(paths), *loading):
+            captioned = ([texts[n] for n in numbers], sentences[numbers]) if texts else (None, None)
+            yield Scored(numbers, images, *captioned)
 
     return scorer(batches(), len(paths), texts is not None), scorer.protocols(len(paths), texts is not None)
 

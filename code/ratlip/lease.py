@@ -21,6 +21,10 @@ WAITED_AT_MOST = 300.0  # seconds for a holder that goes on renewing
 LOOK_EVERY = 0.5
 
 
+class Lost(UserError):
+    """Another program has taken the run over: nothing more may be written."""
+
+
 class Lease:
     """The right to write into a run's folder, from construction to `release`; only with `wait` may it take a while.
 
@@ -52,11 +56,11 @@ class Lease:
         return self.taken_by is not None
 
     def confirm(self) -> None:
-        """Raises UserError where it is lost: nothing more may be written."""
+        """Raises Lost where it is."""
         self._renew()
         if self.taken_by is not None:
             by = f"by {_describe(self.taken_by)}" if self.taken_by else "or its lease.json was deleted"
-            raise UserError(
+            raise Lost(
                 f"{self.folder} was taken over {by} while this program did not renew its lease (was the machine "
                 "asleep?): stopped, and nothing more is written"
             )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from easydict import EasyDict
 
-from ratlip import checkpoint, paths
+from ratlip import checkpoint, output, paths
 from ratlip import config as configuration
 from ratlip.errors import UserError
 from ratlip.lease import Lease, process_start
@@ -176,8 +176,9 @@ def begin(config: EasyDict, words: list[str], name: str | None, origin: dict | N
         UserError: the name that the user wants is another run's.
     """
     save, logs = Path(config.log.save_dir) / config.name, Path(config.log.dir) / config.name
-    for base in (logs, save):
-        base.mkdir(parents=True, exist_ok=True)
+    save.mkdir(parents=True, exist_ok=True)
+    with output.optional(logs):
+        logs.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime(TIME)
     for chosen in [name] if name else (stamp if n == 1 else f"{stamp}_{n}" for n in range(1, 10_000)):
         if _claim(save / chosen, logs / chosen, again=bool(name)):
@@ -241,6 +242,8 @@ def _claim(save: Path, logs: Path, again: bool) -> bool:
     except FileExistsError:
         save.rmdir()
         return False
+    except OSError:
+        return True  # no logs, then: `_logs` says so
     return True
 
 
@@ -254,9 +257,10 @@ def _logs(run: Run, base: Path) -> Path:
         other = Path(os.path.abspath(folder / owner)) if owner else place
         if other == place or not (other / configuration.OWN).is_file():
             break
-    folder.mkdir(parents=True, exist_ok=True)
-    if folder.resolve() != place.resolve():
-        _write(folder / configuration.RECORD, json.dumps({"run": os.path.relpath(place, os.path.abspath(folder))}))
+    with output.optional(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder.resolve() != place.resolve():
+            _write(folder / configuration.RECORD, json.dumps({"run": os.path.relpath(place, os.path.abspath(folder))}))
     return folder
 
 

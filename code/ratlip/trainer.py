@@ -1,4 +1,4 @@
-"""Training: the step of generator and discriminator, and the loop around it."""
+"""Training: the step of generator and discriminator, and a run from its configuration to its end."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from easydict import EasyDict
-from PIL import Image
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
@@ -20,22 +19,18 @@ from ratlip import config as configuration
 from ratlip import device as devices
 from ratlip.augment import augment
 from ratlip.clip_towers import FrozenClip
+from ratlip.course import Course, draw_course
 from ratlip.data import captions
 from ratlip.data.inventory import cache_folder, usable_items
-from ratlip.data.loader import Batch, Draw, EpochBatches, TestImages, TrainingImages, shard_numbers, training_loader
-from ratlip.errors import UserError
+from ratlip.data.loader import Batch, Draw, EpochBatches, TrainingImages, shard_numbers, to_floats, training_loader
 from ratlip.evaluation import Evaluator, Scorer, scores_table
 from ratlip.models.discriminator import Discriminator
 from ratlip.models.generator import Generator
 from ratlip.monitor import Monitor
 from ratlip.paths import command
-from ratlip.pictures import captioned_grid
 from ratlip.preparation import check_size
 from ratlip.profiling import Trace
-from ratlip.sampling import generate, seeded_noise
-from ratlip.stopping import Stop, Stopped
-
-GRID = (8, 2)  # captions and noises of the sample grids
+from ratlip.stopping import Stop, Stopped, end_workers
 
 
 @dataclass
@@ -61,6 +56,7 @@ class Training:
     bad_steps: int = 0  # steps left out because something was not finite
     bad_in_a_row: int = 0
     run: runs.Run | None = None  # that its checkpoints belong to
+    in_step: bool = False  # then the networks are none that a checkpoint may hold
 
     def __post_init__(self):
         s, betas = self.settings, (self.settings.beta1, self.settings.beta2)
@@ -88,17 +84,18 @@ def train_step(t: Training, batch: Batch) -> dict[str, Tensor]:
         loss terms, gradient norms and learning rates, by TensorBoard tag; not yet read from the device.
     """
     generator, discriminator, scaler = t.generator, t.discriminator, t.scaler
+    images = to_floats(batch.images)  # (B, 3, S, S) in [-1, 1]; bytes until here
     if t.settings.compile:
         torch.compiler.cudagraph_mark_step_begin()  # what CUDA graphs gave in the step before may be overwritten
     sentences = t.sentences[batch.rows].requires_grad_()  # (B, E); MA-GP differentiates with respect to them
-    noise, real_draws, fake_draws = randomness(t, len(batch.images))
+    noise, real_draws, fake_draws = randomness(t, len(images))
     set_learning_rates(t)
     batch_norm = [buffer.clone() for buffer in generator.buffers()]
 
     with devices.autocast(noise.device, t.precision):
         # What CLIP sees. No graph goes through it for real images: MA-GP starts at its feature maps.
         with torch.no_grad():
-            real_maps = discriminator.prepare(t.feature_maps(augment(batch.images, real_draws)))  # (B, N, W, g, g)
+            real_maps = discriminator.prepare(t.feature_maps(augment(images, real_draws)))  # (B, N, W, g, g)
         real_maps.requires_grad_()
         fake_maps, fake_embeddings = t.see(augment(t.draw(noise, sentences.detach()), fake_draws))
         fake_maps = discriminator.prepare(fake_maps)
@@ -259,7 +256,7 @@ def some_feature_maps(clip: FrozenClip, images: TrainingImages, place: torch.dev
     numbers = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int).tolist()
     batches = [numbers[i : i + 64] for i in range(0, len(numbers), 64)]
     seen = (torch.stack([images[Draw(0, number, 0, 0)][0] for number in batch]) for batch in batches)
-    return torch.cat([clip.feature_maps(batch.to(place)) for batch in seen])
+    return torch.cat([clip.feature_maps(to_floats(batch.to(place))) for batch in seen])
 
 
 def train(config: EasyDict, words: Sequence[str] = ()) -> None:
@@ -281,7 +278,7 @@ def _train(config: EasyDict, start: resume.Start, words: list[str], started: flo
     """`train` with the settings that hold, where it is decided which run goes on. `started`: the time limit's begin."""
     t, batches, loader, evaluator = prepare(config)
     content = resume.read(start)
-    scores: dict[str, dict[str, float]] = {}  # columns of the closing table: start, end, best
+    scores: dict[str, dict[str, float]] = {}
     if content:
         resume.check(config, content, t.clip, len(batches) if start.place else None)
         scores = restore(t, content, start.place)
@@ -295,55 +292,35 @@ def _train(config: EasyDict, start: resume.Start, words: list[str], started: flo
     )
     if t.epoch >= config.train.max_epoch:
         distributed.say(f"nothing left to train: {t.epoch} epochs are done; raise train.max_epoch to go on")
+    again = f"{command('resume.sh')} {runs.quoted(t.run)}"
+    failure = None
     stop = Stop(config.train.max_hours, started)  # until here a signal ends the program: there is nothing to save
+    course = Course(
+        t,
+        config,
+        step=lambda batch: train_step(t, batch),
+        write=lambda scores, path: save(t, config, scores, len(batches), path),
+        batches=batches,
+        loader=loader,
+        evaluator=evaluator,
+        monitor=monitor,
+        trace=trace,
+        stop=stop,
+        scores=scores,
+        folder=save_folder,
+    )
     try:
-        if not scores:
-            with stop.at_once():
-                first, grid = evaluator(t.ema or t.generator), sample_grid(t, evaluator)
-            monitor.scores(first, evaluator.protocols, 0, 0)
-            monitor.grid(grid, 0, 0)
-            scores = {"start": first, "end": first, "best": first}
+        course.begin()
         while t.epoch < config.train.max_epoch:
-            # One pass over the images, or what is left of it
-            batches.epoch, batches.start = t.epoch, t.step - t.epoch * len(batches)
-            t.generator.train()
-            for batch in loader:
-                values = train_step(t, Batch(*(tensor.to(t.sentences.device, non_blocking=True) for tensor in batch)))
-                if t.run.lost:
-                    t.run.confirm()
-                monitor.step(values, t.step)
-                trace.step()
-                if t.bad_in_a_row >= config.train.max_bad_steps:
-                    raise diverged(t, save_folder)
-                if distributed.any_process(stop.asked(), t.sentences.device):
-                    raise Stopped(stop.cause or "another process")
-
-            # At the stated intervals, and after the last: samples, scores, a checkpoint. The epoch counts as finished
-            # once they are there, so that a run that is stopped among them does them again.
-            epoch = t.epoch + 1
-            last = epoch == config.train.max_epoch
-            monitor.epoch(epoch, t.step)
-            if last or epoch % config.log.gen_interval == 0:
-                monitor.grid(sample_grid(t, evaluator), epoch, t.step)
-            if last or epoch % config.log.test_interval == 0:
-                with stop.at_once():
-                    scores["end"] = evaluator(t.ema or t.generator)
-                monitor.scores(scores["end"], evaluator.protocols, epoch, t.step)
-            t.epoch = epoch
-            if scores["end"] is not scores["best"] and evaluator.better(scores["end"], scores["best"]):
-                scores["best"] = scores["end"]
-                save(t, config, scores, len(batches), save_folder / "best.pth")
-            if last or epoch % config.log.save_interval == 0:
-                save(t, config, scores, len(batches), save_folder / f"state_epoch_{epoch:03}.pth")
-                checkpoint.keep_newest(save_folder, config.train.keep, t.run.id)
-    except Stopped as cause:
-        if scores:  # else nothing has been trained yet
-            save(t, config, scores, len(batches), save_folder / f"state_epoch_{t.epoch:03}_step_{t.step:08}.pth")
-        distributed.say(f"\nstopped by {cause} and saved; go on with: {command('resume.sh')} {runs.quoted(t.run)}")
-        draw_course(t, monitor)
+            course.steps()
+            course.finish_epoch()
+    except (Exception, Stopped) as cause:
+        failure = course.leave(cause, again)
+        if failure is None:
+            draw_course(t, monitor)
     else:
-        distributed.say(f"\n{scores_table(scores)}\n")
-        monitor.hparams(scores["end"])
+        distributed.say(f"\n{scores_table(course.scores)}\n")
+        monitor.hparams(course.scores["end"])
         draw_course(t, monitor)
     finally:
         trace.close()
@@ -351,46 +328,12 @@ def _train(config: EasyDict, start: resume.Start, words: list[str], started: flo
             monitor.active = False  # nothing more is written, whatever it still holds
         monitor.close()
         stop.close()
+        end_workers()
+    if failure is not None:
+        raise failure
     distributed.say(f"checkpoints  {save_folder}\nlogs, grids  {monitor.folder}")
     distributed.say(f"minutes      {(time.time() - started) / 60:.1f}")
     distributed.stop()
-
-
-def diverged(t: Training, save_folder: Path) -> UserError:
-    """What to say when nothing finite comes any more."""
-    good = checkpoint.newest_first(save_folder, t.run.id)
-    return UserError(
-        f"training diverged: {t.bad_in_a_row} steps in a row (to step {t.step}) had a loss or gradient that is not "
-        f"finite; the last good checkpoint is {good[0] if good else 'not yet written'}. Lower train.lr_g and "
-        f"train.lr_d, set train.clip_grad or train.precision=fp32, then resume"
-    )
-
-
-def sample_grid(t: Training, evaluator: Evaluator) -> Image.Image:
-    """The same captions and noises each time, a column and a row each: captions of test images, drawn at
-    random; those images; what the averaged generator draws for them; and what the present one does."""
-    columns, noises = min(GRID[0], len(evaluator.items)), range(GRID[1])
-    numbers = np.random.default_rng(0).choice(len(evaluator.items), columns, replace=False).tolist()
-    rows = evaluator.table.starts[numbers]  # each image's first caption
-    test_images = TestImages(evaluator.items, t.generator.sizes[-1])
-    blocks, titles = [torch.stack([test_images[number][0] for number in numbers])], ["real"]
-    for name, generator in (("averaged", t.ema), ("present", t.generator)):
-        if generator is None:
-            continue
-        training = generator.training
-        for number in noises:
-            noise = seeded_noise(0, [number] * columns, generator.noise_dim).to(t.sentences.device)
-            blocks.append(generate(generator.eval(), noise, evaluator.sentences[rows], t.precision).cpu())
-            titles.append(f"{name}, noise {number}")
-        generator.train(training)
-    texts = [""] * columns * (len(titles) - 1) + [evaluator.table.texts[row] for row in rows]
-    return captioned_grid(torch.cat(blocks), texts, columns, titles)
-
-
-def draw_course(t: Training, monitor: Monitor) -> None:
-    """The filmstrip, of the first row below the real images, and the curves of the run so far."""
-    networks = 1 if t.ema is None else 2
-    monitor.draw(t.generator.sizes[-1], rows=1 + GRID[1] * networks, row=1)
 
 
 def save(t: Training, config: EasyDict, scores: dict, epoch_steps: int, path: Path) -> None:

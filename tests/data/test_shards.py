@@ -29,12 +29,13 @@ RECORDER = """
 import json, os, runpy, sys
 from pathlib import Path
 from ratlip import trainer
+from ratlip.data.loader import to_floats
 
 steps, step = [], trainer.train_step
 
 
 def recorded(t, batch):
-    means = batch.images.mean((2, 3))  # (B, 3), flat pictures
+    means = to_floats(batch.images).mean((2, 3))  # (B, 3), flat pictures
     steps.append([[row, mean] for row, mean in zip(batch.rows.tolist(), means.tolist())])
     return step(t, batch)
 
