@@ -26,7 +26,7 @@ from ratlip.metrics.reference import Reference
 from ratlip.models.generator import Generator
 from ratlip.paths import full
 from ratlip.sampling import generate, seeded_noise
-from ratlip.text import read_captions
+from ratlip.text import existing, read_captions
 
 MISSING = "missing"  # of a file of statistics
 NOISE_SEED = 0  # sample i is the same image in every evaluation of the same weights
@@ -222,7 +222,7 @@ class Evaluator:
 
 def _caption_of(picture: Path) -> str:
     """The first caption in the text file beside a picture."""
-    path = picture.with_suffix(".txt")
+    path = existing(picture.with_suffix(".txt"))
     try:
         found = read_captions(path.read_bytes())
     except FileNotFoundError:
