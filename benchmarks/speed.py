@@ -310,7 +310,7 @@ def data_calls() -> dict[str, Callable[[], object]]:
         levels = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)) + rng.integers(-6, 7, (375, 500, 3))
         Image.fromarray(levels.clip(0, 255).astype(np.uint8)).save(root / f"images/{number}.jpg", quality=90)
         (root / f"text/{number}.txt").write_text(f"picture number {number}\n")
-    settings = config.EasyDict({**config.unflatten(config.default_settings()), "name": "speed"})
+    settings = config.EasyDict({**config.unflatten(config.default_settings()), "name": "speed", "file": "speed.yml"})
     settings.data.update(dir=str(root), num_workers=1)
     made = {}
     for name in ("plain", "ours"):
