@@ -74,16 +74,16 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(box > 0)
 
 
-def mean_gradients(network: nn.Module) -> None:
-    """Replace each gradient by its mean over all processes, in one message."""
+def mean_gradients(network: nn.Module, *numbers: Tensor) -> None:
+    """Replace each gradient, and each of `numbers`, by its mean over all processes, in one message."""
     if world_size() == 1:
         return
-    gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
+    tensors = [p.grad for p in network.parameters() if p.grad is not None] + list(numbers)
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
     flat /= world_size()
-    for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(piece.view_as(gradient))
+    for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(piece.view_as(tensor))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from easydict import EasyDict
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from ratlip import device as devices
 from ratlip import distributed
 from ratlip.clip_towers import FrozenClip
 from ratlip.data import captions
@@ -200,8 +201,9 @@ class Evaluator:
         numbers = range(distributed.rank(), self.samples, distributed.world_size())
         for batch in (numbers[i : i + self.batch_size] for i in range(0, len(numbers), self.batch_size)):
             rows = [self._row(number) for number in batch]
-            sentences = self.sentences[rows]
-            noise = seeded_noise(NOISE_SEED, batch, generator.noise_dim).to(sentences.device)
+            noise, places = seeded_noise(NOISE_SEED, batch, generator.noise_dim), torch.tensor(rows)
+            noise, places = (devices.send(tensor, self.sentences.device) for tensor in (noise, places))
+            sentences = self.sentences[places]
             images = generate(generator, padded(noise), padded(sentences), self.precision)[: len(batch)]
             yield Scored(torch.tensor(batch), images, [self.table.texts[row] for row in rows], sentences)
 
@@ -242,30 +244,44 @@ def score_folder(scorer: Scorer, folder: Path) -> tuple[dict[str, float], dict[s
         size, workers = scorer.config.eval.batch_size, scorer.config.data.num_workers
         for groups in DataLoader(own, size, num_workers=workers, collate_fn=same_size_batches):
             for images, numbers in groups:
-                captioned = ([texts[n] for n in numbers], sentences[numbers]) if texts else (None, None)
-                yield Scored(numbers, images.to(scorer.device), *captioned)
+                captioned = (None, None)
+                if texts:
+                    captioned = [texts[n] for n in numbers], sentences[devices.send(numbers, scorer.device)]
+                yield Scored(numbers, devices.send(images, scorer.device), *captioned)
 
     return scorer(batches(), len(paths), texts is not None), scorer.protocols(len(paths), texts is not None)
 
 
 class Stages:
-    """Seconds spent in each stage, waiting for what the device still has to do."""
+    """Seconds spent in each stage, those of what a GPU then still has to do included: there the GPU notes the times as
+    it comes by, and is waited for only when they are asked for."""
 
     def __init__(self, device: torch.device):
-        self.device, self.started = device, time.time()
-        self.spent = dict.fromkeys(("generate", "features", "statistics", "distance"), 0.0)
+        self.on_gpu, self.started = device.type == "cuda", time.time()
+        self.spans: dict[str, list] = {name: [] for name in ("generate", "features", "statistics", "distance")}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        started = time.time()
+        started = self._now()
         yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.spent[stage] += time.time() - started
+        self.spans[stage].append((started, self._now()))
 
     def seconds(self) -> dict[str, float]:
         """{"seconds": since the beginning, "seconds/<stage>": ...}."""
-        return {"seconds": time.time() - self.started, **{f"seconds/{name}": t for name, t in self.spent.items()}}
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        spent = {
+            f"seconds/{name}": sum(a.elapsed_time(b) / 1000 if self.on_gpu else b - a for a, b in spans)
+            for name, spans in self.spans.items()
+        }
+        return {"seconds": time.time() - self.started, **spent}
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self.on_gpu:
+            return time.time()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def _kinds(names: Sequence[str]) -> list[type]:

@@ -163,7 +163,7 @@ class EnlargedTestImages(Dataset):
             image = image.flip(-1)
         if copy > 1:
             shares = np.random.default_rng((number, copy)).uniform(-self.most, self.most, (1, 2))
-            image = shift(image[None], torch.from_numpy(shares))[0]
+            image = shift(image[None], shares)[0]
         return image, index
 
 

@@ -1,5 +1,6 @@
 """The Fréchet distances: standard FID, the papers' FID, and the distance in CLIP's space."""
 
+from ratlip import device as devices
 from ratlip.metrics.frechet import Moments, frechet_distance
 from ratlip.metrics.metric import Metric, Scored
 from ratlip.metrics.reference import Reference
@@ -19,9 +20,10 @@ class FrechetMetric(Metric):
         self.totals = [*self.even.totals, *self.odd.totals]
 
     def update(self, scored: Scored) -> None:
-        features, even = scored.features[self.space], scored.numbers % 2 == 0
-        self.even.update(features[even])
-        self.odd.update(features[~even])
+        features, odd = scored.features[self.space], scored.numbers % 2
+        for moments, half in ((self.even, odd == 0), (self.odd, odd == 1)):
+            rows = half.nonzero()[:, 0]  # on the CPU, where the numbers are: how many there are is known at once
+            moments.update(features[devices.send(rows, features.device)])
 
     def compute(self) -> dict[str, float]:
         """{name: distance, "name/half": distance of every second picture, where these are two at least}."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from ratlip import device as devices
 from ratlip import distributed
 from ratlip.data.layouts import Item
 from ratlip.data.loader import same_size_batches
@@ -39,7 +40,7 @@ def measure(pictures: Dataset, space: Space, device: torch.device, batch_size: i
     """The Reference of a data set of (image, number), its pictures spread over all processes."""
     count = len(pictures)
     moments = Moments(space.dim, device)
-    features = torch.zeros(count, space.dim) if space.keeps_features else None
+    features = torch.zeros(count, space.dim, device=device) if space.keeps_features else None
     own = Subset(pictures, range(distributed.rank(), count, distributed.world_size()))
     own_draws = torch.Generator()  # the loader would otherwise take a number from the training's
     loader = DataLoader(own, batch_size, num_workers=workers, collate_fn=same_size_batches, generator=own_draws)
@@ -47,14 +48,14 @@ def measure(pictures: Dataset, space: Space, device: torch.device, batch_size: i
     with tqdm(total=len(own), desc=f"{space.name} of real images", unit="image", leave=False, disable=quiet) as bar:
         for groups in loader:
             for images, numbers in groups:
-                found = space(images.to(device))
+                found = space(devices.send(images, device))
                 moments.update(found)
                 if features is not None:
-                    features[numbers] = found.cpu()
+                    features[devices.send(numbers, device)] = found
                 bar.update(len(images))
     totals = [*moments.totals, *([features] if features is not None else [])]
     distributed.sum_over_processes(totals, device)
-    return Reference(moments.gaussian(), count, features, source)
+    return Reference(moments.gaussian(), count, None if features is None else features.cpu(), source)
 
 
 def fingerprint(items: Sequence[Item]) -> str:
