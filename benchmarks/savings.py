@@ -84,7 +84,7 @@ class SeparateAdam(torch.optim.Adam):
         super().__init__(parameters, lr, betas)
 
     def step(self) -> None:
-        del self.found_inf
+        self.found_inf = None
         super().step()
 
 

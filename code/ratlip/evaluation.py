@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from easydict import EasyDict
 from torch.utils.data import DataLoader, Subset
@@ -201,11 +202,10 @@ class Evaluator:
         numbers = range(distributed.rank(), self.samples, distributed.world_size())
         for batch in (numbers[i : i + self.batch_size] for i in range(0, len(numbers), self.batch_size)):
             rows = [self._row(number) for number in batch]
-            noise, places = seeded_noise(NOISE_SEED, batch, generator.noise_dim), torch.tensor(rows)
-            noise, places = (devices.send(tensor, self.sentences.device) for tensor in (noise, places))
-            sentences = self.sentences[places]
+            noise = devices.send(seeded_noise(NOISE_SEED, batch, generator.noise_dim), self.sentences.device)
+            sentences = self.sentences[devices.send(torch.from_numpy(np.array(rows)), self.sentences.device)]
             images = generate(generator, padded(noise), padded(sentences), self.precision)[: len(batch)]
-            yield Scored(torch.tensor(batch), images, [self.table.texts[row] for row in rows], sentences)
+            yield Scored(torch.from_numpy(np.array(batch)), images, [self.table.texts[row] for row in rows], sentences)
 
     def _row(self, number: int) -> int:
         """Caption row of sample `number`."""

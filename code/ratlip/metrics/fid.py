@@ -1,5 +1,8 @@
 """The Fréchet distances: standard FID, the papers' FID, and the distance in CLIP's space."""
 
+import numpy as np
+import torch
+
 from ratlip import device as devices
 from ratlip.metrics.frechet import Moments, frechet_distance
 from ratlip.metrics.metric import Metric, Scored
@@ -20,9 +23,9 @@ class FrechetMetric(Metric):
         self.totals = [*self.even.totals, *self.odd.totals]
 
     def update(self, scored: Scored) -> None:
-        features, odd = scored.features[self.space], scored.numbers % 2
-        for moments, half in ((self.even, odd == 0), (self.odd, odd == 1)):
-            rows = half.nonzero()[:, 0]  # on the CPU, where the numbers are: how many there are is known at once
+        features, odd = scored.features[self.space], scored.numbers.numpy() % 2
+        for moments, of_half in ((self.even, odd == 0), (self.odd, odd == 1)):
+            rows = torch.from_numpy(np.flatnonzero(of_half))  # by numpy: their number is known to the host at once
             moments.update(features[devices.send(rows, features.device)])
 
     def compute(self) -> dict[str, float]:
