@@ -1,10 +1,10 @@
 """Writes a released GALIP or RATLIP checkpoint as one of ours, to sample from or to train on from."""
 
 import argparse
-from pathlib import Path
 
 from ratlip import errors
 from ratlip.errors import UserError
+from ratlip.paths import typed
 
 VIT_B32 = (512, 224, 12, 768, 32, 77, 49408, 512, 8, 12)  # arguments of clip.model.CLIP
 
@@ -18,8 +18,8 @@ def main() -> None:
         epilog="example:\n  source scripts/env.sh\n"
         "  python code/convert.py galip_coco.pth saved_models/coco/released/state_epoch_000.pth",
     )
-    parser.add_argument("source", metavar="IN", help="a released checkpoint")
-    parser.add_argument("target", metavar="OUT", type=Path, help="the file to write; it must not be there yet")
+    parser.add_argument("source", metavar="IN", type=typed, help="a released checkpoint")
+    parser.add_argument("target", metavar="OUT", type=typed, help="the file to write; it must not be there yet")
     words = parser.parse_args()
     if words.target.exists():
         raise UserError(f"{words.target} is there already; it stays as it is")
@@ -28,6 +28,7 @@ def main() -> None:
 
     from ratlip import build, checkpoint, config, released
     from ratlip.clip_towers import FrozenClip, clip  # the package, its warnings silenced
+    from ratlip.data.loader import BATCH_SIZE
     from ratlip.trainer import Training, save
 
     content = checkpoint.read(words.source)
@@ -51,7 +52,8 @@ def main() -> None:
     }
     if "d_channels" in info:
         settings["model.d_channels"] = info["d_channels"]
-    resolved = config.load(config.DEFAULT, [f"{key}={value}" for key, value in settings.items()])
+    published = {"train.batch_size": BATCH_SIZE}
+    resolved = config.load(config.DEFAULT, [f"{key}={value}" for key, value in (settings | published).items()])
     if discriminator is None:
         discriminator = build.discriminator_of(resolved, shapes)
         print(f"{words.source} holds no netD with netC: training on will begin with a new discriminator")

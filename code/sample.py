@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ratlip import errors
 from ratlip.errors import UserError
+from ratlip.paths import typed
 
 
 def main() -> None:
@@ -19,10 +20,10 @@ def main() -> None:
     )
     parser.add_argument("config", help="a YAML file such as cfg/demo.yml")
     parser.add_argument("words", nargs="+", metavar="caption|key=value", help="captions to draw; settings to override")
-    parser.add_argument("--checkpoint", help="a checkpoint of ours, or a released GALIP or RATLIP file")
+    parser.add_argument("--checkpoint", type=typed, help="a checkpoint of ours, or a released GALIP or RATLIP file")
     parser.add_argument("--n", type=int, default=8, help="pictures of each caption (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
-    parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for the pictures (default samples)")
+    parser.add_argument("--out", type=typed, default=Path("samples"), help="folder for the pictures (default samples)")
     parser.add_argument(
         "--device", default="cpu", choices=("cpu", "cuda", "auto"), help="where to compute (default cpu)"
     )

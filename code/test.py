@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ratlip import errors
 from ratlip.errors import UserError
+from ratlip.paths import full, typed
 
 if TYPE_CHECKING:  # not when it runs: -h needs no package
     from easydict import EasyDict
@@ -31,18 +32,18 @@ def main() -> None:
     parser.add_argument(
         "words", nargs="*", default=[], metavar="checkpoint|key=value", help="what to score; settings to override"
     )
-    parser.add_argument("--images", type=Path, metavar="DIR", help="score these pictures; captions in .txt beside them")
-    parser.add_argument("--against", type=Path, metavar="DIR", help="compare with these pictures, not the test split")
+    parser.add_argument("--images", type=typed, metavar="DIR", help="score these pictures; captions in .txt beside")
+    parser.add_argument("--against", type=typed, metavar="DIR", help="compare with these pictures, not the test split")
     arguments = parser.parse_intermixed_args()
     overrides = [word for word in arguments.words if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
-    checkpoints = [word for word in arguments.words if word not in overrides]
+    checkpoints = [typed(word) for word in arguments.words if word not in overrides]
     if len(checkpoints) > 1:
-        raise UserError(f"one checkpoint at a time, not {', '.join(checkpoints)}")
+        raise UserError(f"one checkpoint at a time, not {', '.join(map(str, checkpoints))}")
     if checkpoints and arguments.images:
         raise UserError(f"score either the checkpoint {checkpoints[0]} or the pictures of {arguments.images}")
     for folder in filter(None, (arguments.images, arguments.against)):
         if not folder.is_dir():
-            raise UserError(f"no folder {folder}")
+            raise UserError(f"no folder {full(folder)}")
 
     from ratlip import config
 
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def evaluate(
-    resolved: "EasyDict", checkpoint: str | None = None, images: Path | None = None, against: Path | None = None
+    resolved: "EasyDict", checkpoint: Path | None = None, images: Path | None = None, against: Path | None = None
 ) -> list[str]:
     """Score, print the table, keep it in the logs; gives the metrics that could not be computed."""
     from torch.utils.tensorboard import SummaryWriter  # takes seconds, like all below: mistakes above are told at once

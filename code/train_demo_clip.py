@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ratlip import device as devices
+from ratlip import errors
 from ratlip.clip_towers import clip, transformer_block  # the package clip, its warnings silenced
 from ratlip.data.demo import SIDE, VALUES, Attributes, captions, render, splits
+from ratlip.paths import ROOT, typed
 
 CLIP = clip.model.CLIP
-ROOT = Path(__file__).resolve().parents[1]
 PATCH, WIDTH, EMBEDDING, CONTEXT = 8, 192, 128, 32
 # The vision blocks whose patch tokens the discriminator reads: one keeps the pixels, one knows what they show.
 PIXELS, MEANING = 0, 2
@@ -286,7 +287,7 @@ def main() -> None:
     defaults = argparse.ArgumentDefaultsHelpFormatter
     example = "example: source scripts/env.sh && python code/train_demo_clip.py --steps 400 --out clip.pt"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=defaults, epilog=example)
-    parser.add_argument("--out", type=Path, default=ROOT / "assets/demo/clip.pt", help="file to write")
+    parser.add_argument("--out", type=typed, default=ROOT / "assets/demo/clip.pt", help="file to write")
     parser.add_argument("--steps", type=int, default=1500, help=f"training steps of {BATCH} pictures")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     args = parser.parse_args()
@@ -317,4 +318,4 @@ Measured on the file, on the 500 combinations of attributes that are not in trai
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

@@ -3,7 +3,7 @@
 #
 # Example: bash scripts/check.sh tests/test_config.py -x
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 case "${1:-}" in -h | --help) sed -n '2,/^set/{/^#/p}' "$0" | cut -c3-; exit 0 ;; esac
 REQUIREMENTS=requirements-dev.txt source scripts/env.sh
 python -m ruff check .

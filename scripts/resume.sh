@@ -7,4 +7,4 @@
 set -euo pipefail
 case " $* " in *" -h "* | *" --help "*) sed -n '2,/^set/{/^#/p}' "$0" | cut -c3-; exit 0 ;; esac
 [ $# -gt 0 ] || { echo "usage: bash scripts/resume.sh cfg/X.yml [state_epoch=N] [key=value ...]" >&2; exit 2; }
-exec bash "$(dirname "$0")/train.sh" "$1" train.resume=auto "${@:2}"
+exec bash "$(dirname "$(readlink -f "$0")")/train.sh" "$1" train.resume=auto "${@:2}"

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Train: bash scripts/train.sh cfg/demo.yml [key=value ...]
 set -euo pipefail
-cd "$(dirname "$0")/.."
-case " $* " in *" -h "* | *" --help "* | "  ") exec python3 code/train.py "$@" ;; esac # help and usage need no environment
-source scripts/env.sh
+here=$(dirname "$(readlink -f "$0")") # no cd: paths on the command line are the caller's
+case " $* " in *" -h "* | *" --help "* | "  ") exec python3 "$here/../code/train.py" "$@" ;; esac # help and usage need no environment
+source "$here/env.sh"
 
 gpus=$(ratlip_processes)
 if [ "$gpus" -le 1 ]; then
-    exec python code/train.py "$@"
+    exec python "$ratlip_root/code/train.py" "$@"
 fi
 # Several processes. torchrun would kill them on a signal; they are to save and leave by themselves, so the signal
 # goes to them alone (setsid keeps a terminal's Ctrl-C from torchrun).
-setsid python -m torch.distributed.run --standalone --nproc_per_node="$gpus" code/train.py "$@" &
+setsid python -c "$ratlip_torchrun" --standalone --nproc_per_node="$gpus" "$ratlip_root/code/train.py" "$@" &
 torchrun=$!
 trap 'pkill -TERM -P $torchrun' TERM HUP
 trap 'pkill -USR1 -P $torchrun' USR1

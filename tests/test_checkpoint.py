@@ -49,5 +49,5 @@ def test_bad_files_are_refused_by_name(tmp_path, monkeypatch):
     torch.save([1, 2], "list.pth")
     with pytest.raises(UserError, match="holds a list"):
         checkpoint.read("list.pth")
-    with pytest.raises(UserError, match="no checkpoint nowhere.pth"):
+    with pytest.raises(UserError, match=f"no checkpoint {tmp_path}/nowhere.pth"):
         checkpoint.read("nowhere.pth")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, TINY_RUN
+from PIL import Image
 from torch import nn
 
 from ratlip import build
@@ -61,20 +62,31 @@ def test_every_command_of_the_readme_is_run():
         assert f"def {test}" in (ROOT / name).read_text() if test else (ROOT / name).is_file(), place
 
 
-def test_the_readmes_commands_run_in_order(tmp_path, demo_folder, clip_file):
+def test_the_readmes_commands_run_in_order(tmp_path, clip_file):
     """As they stand, with words after them that make them small, in a folder that holds what a clone does."""
-    for name in ("code", "scripts", "assets", "requirements.txt"):
+    for name in ("assets", "requirements.txt"):
         (tmp_path / name).symlink_to(ROOT / name)
-    shutil.copytree(ROOT / "cfg", tmp_path / "cfg")
+    for name in ("code", "scripts", "cfg"):  # the repository is where the code lies
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (five_lines,) = blocks(README, "yaml")[:1]
     assert len(five_lines.splitlines()) == 5
     (tmp_path / "cfg/mine.yml").write_text(five_lines)
-    shutil.copytree(demo_folder, tmp_path / "data/mine")
+    for kind in ("images", "text"):  # so few pictures as the text allows, and no lists
+        (tmp_path / "data/mine" / kind).mkdir(parents=True)
+    for number in range(20):
+        Image.new("RGB", (40, 30), (12 * number, 255 - 12 * number, 90)).save(
+            tmp_path / f"data/mine/images/{number}.png"
+        )
+        (tmp_path / f"data/mine/text/{number}.txt").write_text(f"a square of shade {number}\n")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "GPUS": "1"}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "https_proxy": "http://127.0.0.1:9"}
-    tiny = [*TINY_RUN, f"clip.weights={clip_file}", "eval.metrics=[fd_clip]"]
+    tiny = [
+        *(word for word in TINY_RUN if "batch_size" not in word),
+        f"clip.weights={clip_file}",
+        "eval.metrics=[fd_clip]",
+    ]
     small = {
-        "demo": [*tiny, "data.layout=folder", "data.dir=data/mine", "model.imsize=16"],
+        "demo": [*tiny, "train.batch_size=4", "data.layout=folder", "data.dir=data/mine", "model.imsize=16"],
         "mine": tiny,
     }
     order = ("prepare.sh", "train.sh", "resume.sh", "sample.sh", "test.sh")
@@ -92,7 +104,8 @@ def test_the_readmes_commands_run_in_order(tmp_path, demo_folder, clip_file):
 
 
 def test_links_lead_somewhere():
-    for name in ("README.md", "CONTRIBUTING.md", "docs/running.md", "docs/demo.md", "docs/results.md"):
+    folders = ("data/README.md", "logs/README.md", "saved_models/README.md")
+    for name in ("README.md", "CONTRIBUTING.md", "docs/running.md", "docs/demo.md", "docs/results.md", *folders):
         text = (ROOT / name).read_text()
         anchors = {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
                    for title in re.findall(r"^#+ (.*)", text, re.MULTILINE)}  # fmt: skip

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from data.test_colours import rgb_profile
 from helpers import ROOT, TINY_RUN, assert_refused, released_weights, run
 from PIL import Image
 
@@ -32,12 +33,17 @@ def words(demo_folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two folders of demo pictures, captions beside the first."""
+    """Two folders of demo pictures with colour profiles, turned, some with transparency; captions beside the first."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
     rng, made = np.random.default_rng(3), []
     for name, combinations in (("mine", demo.splits()[1][:MINE]), ("theirs", demo.splits()[0][:THEIRS])):
         folder = tmp_path_factory.mktemp(name)
         for number, attributes in enumerate(combinations):
-            Image.fromarray(demo.render([attributes], rng)[0]).save(folder / f"{number:03}.png")
+            picture = Image.fromarray(demo.render([attributes], rng)[0])
+            if number % 3 == 0:  # none of which a scoring program heeds
+                picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+            picture.save(folder / f"{number:03}.png", icc_profile=rgb_profile(), exif=turned)
             if name == "mine":
                 (folder / f"{number:03}.txt").write_text(demo.captions(attributes, rng, 1)[0])
         made.append(folder)
@@ -122,7 +128,10 @@ def test_statistics_are_made_once_kept_and_checked(words, tmp_path):
     np.savez(path, **content)
     picture = tmp_path / "data" / "images" / "test" / "0.png"
     Image.new("RGB", (64, 64)).save(picture)  # another test picture: the statistics no longer hold
-    assert_refused(run("test.py", *words, environment=OFFLINE), str(path), "its pictures is")
+    result = run("test.py", *words, environment=OFFLINE)
+    assert f"{path}: of other pictures; measured anew" in result.stdout
+    assert scores(result, tmp_path / "logs")["fd_clip"] != first["fd_clip"]
+    assert dict(np.load(path))["pictures"] != content["pictures"]
 
 
 def test_released_statistics_and_weights(words, tmp_path):
@@ -140,9 +149,16 @@ def test_released_statistics_and_weights(words, tmp_path):
     assert "released input" in found["protocols"]["clip_score"]
     refused = run("test.py", *released, "eval.released_npz=nowhere.npz", environment=OFFLINE)
     assert_refused(refused, "eval.released_npz", "nowhere.npz")
-    np.savez(tmp_path / "bird.npz", mu=np.zeros(64), sigma=np.eye(64))
-    refused = run("test.py", *released, f"eval.released_npz={tmp_path}/bird.npz", environment=OFFLINE)
-    assert_refused(refused, "bird.npz", "its mu is (64,)")
+    of_other_weights = {"count": 6, "protocol": "other", "weights": "00000000", "pictures": "0123456789abcdef"}
+    for given, part in (
+        ({"mu": np.zeros(64), "sigma": np.eye(64)}, "its mu is (64,)"),
+        ({"mu": np.zeros(2048), "sigma": np.eye(2048), **of_other_weights}, "its protocol is other"),
+    ):
+        np.savez(tmp_path / "bird.npz", **given)
+        before = (tmp_path / "bird.npz").read_bytes()
+        refused = run("test.py", *released, f"eval.released_npz={tmp_path}/bird.npz", environment=OFFLINE)
+        assert_refused(refused, "bird.npz", part)
+        assert (tmp_path / "bird.npz").read_bytes() == before  # what is given is never made anew
 
 
 def test_missing_weights_leave_the_other_metrics(words, demo_folder, clip_file, tmp_path):
@@ -199,9 +215,9 @@ def test_pictures_as_met(words, folders, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["nowhere.pth"], ["no checkpoint nowhere.pth"]),
+        (["nowhere.pth"], ["no checkpoint", "/nowhere.pth"]),
         (["a.pth", "b.pth"], ["one checkpoint at a time", "a.pth, b.pth"]),
-        (["--images", "nowhere"], ["no folder nowhere"]),
+        (["--images", "nowhere"], ["no folder", "/nowhere"]),
         (["--images", "scripts"], ["scripts: no pictures"]),
         (["a.pth", "--images", "assets"], ["a.pth", "assets"]),
         (["eval.metrics=[fid,fids]"], ["eval.metrics", "fids", "fid_released"]),

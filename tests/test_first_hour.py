@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,9 @@ TOO_LARGE = "model.d_channels=40000000000"  # more than any machine addresses
 
 # What was done, the words of the command, and what the answer has to hold.
 TRIED = {
-    "wrong path of the configuration": ("train.py cfg/demo.yaml", "no configuration file cfg/demo.yaml", "demo.yml"),
-    "its name without the folder": ("train.py demo", "no configuration file demo", "cfg/ has bird.yml"),
-    "its place seen from another folder": ("train.py ../cfg/demo.yml", "no configuration file ../cfg/demo.yml"),
+    "wrong path of the configuration": ("train.py cfg/demo.yaml", f"no configuration file {ROOT}/cfg/demo.yaml; cfg/"),
+    "its name without the folder": ("train.py demo", f"no configuration file {ROOT}/demo;", "cfg/ has bird.yml"),
+    "its place seen from another folder": ("train.py ../cfg/demo.yml", f"file {ROOT.parent}/cfg/demo.yml"),
     "a file that is no configuration": ("train.py LICENSE", "LICENSE, line", "not valid YAML"),
     "a typo in a key": ("train.py cfg/demo.yml train.batchsize=8", "did you mean 'train.batch_size'"),
     "a key without its group": ("train.py cfg/demo.yml batch_size=8", "did you mean 'train.batch_size'"),
@@ -31,8 +32,8 @@ TRIED = {
     "a word where a number belongs": ("train.py cfg/demo.yml train.lr_g=small", "train.lr_g must be of type float"),
     "a size that cannot be": ("train.py cfg/demo.yml model.imsize=100", "4 * 2^k", "100"),
     "a layout that is not there": ("train.py cfg/demo.yml data.layout=cub", "one of demo, bird", "'cub'"),
-    "no data yet": ("train.py cfg/bird.yml data.dir=nowhere/birds", "no folder nowhere/birds", "README.md"),
-    "no data yet, checking it": ("prepare.py cfg/bird.yml data.dir=nowhere/birds", "no folder nowhere/birds"),
+    "no data yet": ("train.py cfg/bird.yml data.dir=nowhere/birds", f"no folder {ROOT}/nowhere/birds", "README.md"),
+    "no data yet, checking it": ("prepare.py cfg/bird.yml data.dir=nowhere/birds", f"no folder {ROOT}/nowhere/birds"),
     "a folder without pictures": ("train.py cfg/demo.yml data.layout=folder data.dir=docs", "docs/images: no pictures"),
     "no GPU": ("train.py cfg/demo.yml {small} train.device=cuda", "sees no GPU", "use cpu or auto"),
     "no GPU to sample on": (f"sample.py cfg/demo.yml|{CAPTION}|--device cuda", "sees no GPU"),
@@ -45,7 +46,7 @@ TRIED = {
     "more in a batch than there is": ("train.py cfg/demo.yml {small} train.batch_size=13", "12 training images"),
     "a folder that cannot be written": ("train.py cfg/demo.yml {small} log.dir=LICENSE/logs", "LICENSE/logs"),
     "sampling before training": (f"sample.py cfg/coco.yml|{CAPTION}", "bash scripts/train.sh cfg/coco.yml"),
-    "sampling from nothing": (f"sample.py cfg/demo.yml|{CAPTION}|--checkpoint best.pth", "no checkpoint best.pth"),
+    "sampling from nothing": (f"sample.py cfg/demo.yml|{CAPTION}|--checkpoint best.pth", f"{ROOT}/best.pth"),
     "sampling without a caption": ("sample.py cfg/demo.yml train.seed=1", "no caption given", "in quotes"),
     "pictures to a place that is a file": (f"sample.py cfg/demo.yml|{CAPTION}|--out README.md", "README.md", "exists"),
     "evaluating before training": ("test.py cfg/coco.yml", "bash scripts/train.sh cfg/coco.yml"),
@@ -124,9 +125,9 @@ def bare(tmp_path):
     shutil.copy(ROOT / "scripts/env.sh", tmp_path / "scripts")
     (tmp_path / "requirements.txt").write_text("ratlip-needs-this-and-nobody-has-it>=1\n")
 
-    def bare(path: Path) -> subprocess.CompletedProcess:
+    def bare(path: Path | str, **more: str) -> subprocess.CompletedProcess:
         environment = {"PATH": str(path), "HOME": str(tmp_path), "PIP_INDEX_URL": "http://127.0.0.1:9", **NO_INTERNET}
-        environment |= {"PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull}
+        environment |= {"PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull, **more}
         return subprocess.run(
             [shutil.which("bash"), "-c", "source scripts/env.sh && echo ready"],
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
@@ -152,6 +153,17 @@ def test_no_python(bare, tmp_path):
     assert "ready" not in result.stdout
 
 
+def test_no_file_locks(bare, tmp_path):
+    """As flock says on a file system that has none: it goes on, and says what to keep in mind."""
+    path = tools(tmp_path / "bin")
+    (path / "flock").unlink()
+    (path / "flock").write_text("#!/bin/sh\necho 'flock: 9: Function not implemented' >&2\nexit 1\n")
+    (path / "flock").chmod(0o755)
+    (path / "sh").symlink_to("/bin/sh")
+    first, last = bare(path).stderr.splitlines()
+    assert first.startswith("No file locks here") and last.startswith("error: no Python 3.10 or later found")
+
+
 def test_no_internet_for_the_packages_and_an_interrupted_install(bare, tmp_path):
     base = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}"
     path = tools(tmp_path / "bin", ("python3", str(base)))
@@ -164,3 +176,40 @@ def test_no_internet_for_the_packages_and_an_interrupted_install(bare, tmp_path)
     (tmp_path / "requirements.txt").write_text("pip\n")  # the index answers again
     result = bare(path)
     assert result.returncode == 0 and result.stdout == "ready\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("wanted", "lacks"),
+    [
+        ("pillow>=999", f"pillow>=999 (it has {metadata.version('pillow')})"),
+        ("nobody-has-it>=1", "nobody-has-it>=1 (not installed)"),
+        ("own[more]", "nobody-has-that>=2 (not installed)"),
+        ("pillow>=999\nnobody-has-it; python_version > '3'", "(not installed)"),
+        ("own\npillow>=10\nnobody-has-it; sys_platform == 'none'\n--no-binary :none:\n# a comment", None),
+    ],
+)
+def test_what_an_active_environment_lacks_is_said_before_another_is_installed(bare, tmp_path, wanted, lacks):
+    """Its requirements' markers and extras count; a .venv whose pip only says its version stands for 6 GB."""
+    (tmp_path / "requirements.txt").write_text(wanted)
+    (tmp_path / "own-1.0.dist-info").mkdir()
+    (tmp_path / "own-1.0.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: own\nVersion: 1.0\nProvides-Extra: more\nRequires-Dist: pillow>=10\n"
+        "Requires-Dist: nobody-has-that>=2; extra == 'more'\n"
+    )
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").write_text('#!/bin/sh\ncase "$*" in *--version) exit 0 ;; esac\nexit 1\n')
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    own = Path(sys.executable)
+    path = f"{tools(tmp_path / 'bin', ('python3', sys.executable))}:{own.parent}"
+    result = bare(path, VIRTUAL_ENV=str(own.parents[1]), PYTHONPATH=str(tmp_path))
+    if lacks is None:
+        assert result.returncode == 0 and result.stderr == "", result.stderr
+        return
+    said, installing, *_ = result.stderr.splitlines()
+    assert said.startswith(f"The active environment ({own.parent}/python) lacks ") and lacks in said
+    assert said.endswith(f"{own.parent}/python -m pip install -r {tmp_path}/requirements.txt")
+    assert installing.startswith(f"Installing requirements.txt into {tmp_path}/.venv")
+    # Where none is active, a Python that has PyTorch was meant, and another was not.
+    assert bare(path, PYTHONPATH=str(tmp_path)).stderr.splitlines()[0] == said
+    (tmp_path / "requirements.txt").write_text("torch>=99\n")
+    assert bare(path).stderr.splitlines()[0] == installing

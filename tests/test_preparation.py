@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from helpers import ROOT, TINY_RUN, assert_refused
 from PIL import Image
 
 from ratlip import checkpoint, config
+from ratlip.data import layouts
 from ratlip.data.inventory import usable_items
 from ratlip.data.loader import Draw, TrainingImages
 
@@ -170,8 +172,158 @@ def test_copies_are_the_pixels_that_training_would_read(tmp_path, words, call):
     assert set(originals[0]) == {".png"} and set(copies[0]) == {".bmp"}
     assert all(torch.equal(*pair) for pair in zip(originals[1], copies[1], strict=True))
     (root / "cache/resized_19/train/2.bmp").unlink()
-    os.utime(root / "images/train/3.png", ns=(1, 1))
-    assert seen()[0] == [".bmp", ".bmp", ".png", ".png", ".bmp", ".bmp"]
+    os.utime(root / "images/train/3.png", ns=(1, 1))  # the same picture all the same
+    write(root / "images/train/4.png", encoded(picture(4), "PNG", compress_level=2))
+    assert seen()[0] == [".bmp", ".bmp", ".png", ".bmp", ".png", ".bmp"]
+    assert call("prepare.py", *words(root), "--resize").returncode == 0
+    assert seen()[0] == [".bmp"] * 6
+
+
+def score(result: subprocess.CompletedProcess) -> float:
+    """The fd_clip in a printed table."""
+    assert result.returncode == 0, result.stderr
+    return float(next(line.split()[1] for line in result.stdout.splitlines() if line.startswith("fd_clip ")))
+
+
+def swap_channels(root: Path) -> None:
+    """Other pictures in place of all test pictures: uncompressed, so of the same size; and the same times."""
+    for path in sorted((root / "images/test").iterdir()):
+        before = path.stat()
+        pixels = np.asarray(Image.open(path))
+        Image.fromarray(np.ascontiguousarray(pixels[..., ::-1]) // 2).save(path, "BMP")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+@pytest.fixture
+def bitmaps(tmp_path) -> Path:
+    """A folder data set whose pictures are uncompressed."""
+    root = build(tmp_path / "data", test=8)
+    for path in (root / "images").rglob("*.png"):
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
+    return root
+
+
+@pytest.mark.parametrize("script", ["prepare.py", "train.py", "test.py"])
+def test_statistics_follow_pictures_of_the_same_size_and_time(script, bitmaps, tmp_path, words, call):
+    metric = ("eval.metrics=[fd_clip]",)
+    shutil.copytree(bitmaps / "images/train", tmp_path / "some")
+    scored = (*words(bitmaps, *metric), "--images", tmp_path / "some")
+    first = score(call("test.py", *scored))
+    assert score(call("test.py", *scored)) == first
+    swap_channels(bitmaps)
+    result = call(script, *(scored if script == "test.py" else words(bitmaps, *metric)))
+    assert result.returncode == 0, result.stderr
+    (path,) = (bitmaps / "stats").iterdir()
+    assert f"{path}: of other pictures; measured anew" in result.stdout.splitlines()
+    again = call("test.py", *scored)
+    assert "measured anew" not in again.stdout
+    path.unlink()
+    fresh = score(call("test.py", *scored))
+    assert score(again) == fresh and abs(fresh - first) > 0.1 * first
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list:
+    """A list that grows with every picture that is decoded in this process."""
+    found, decode = [], layouts.decode
+    monkeypatch.setattr(layouts, "decode", lambda file: (found.append(file), decode(file))[1])
+    return found
+
+
+def test_touched_and_copied_pictures_are_hashed_and_not_decoded(tmp_path, words, call, decoded):
+    root = build(tmp_path / "data")
+    metric = ("eval.metrics=[fd_clip]",)
+    assert call("prepare.py", *words(root, *metric), "--resize").returncode == 0
+    assert len(decoded) == 10 + 6 + 4  # checked; resized; measured
+    for path in (root / "images").rglob("*.png"):
+        os.utime(path, ns=(5, 5))
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(root, elsewhere)
+    for place in (root, elsewhere):
+        result = call("prepare.py", *words(place, *metric), "--resize")
+        assert result.returncode == 0 and "anew" not in result.stdout
+        assert "checking train images: 6 in" in result.stdout and "resizing" not in result.stdout
+        assert [item.image.suffix for item in usable_items(loaded(words(place)), "train")] == [".bmp"] * 6
+    assert len(decoded) == 20
+
+
+def test_copies_follow_pictures_of_the_same_size_and_time(tmp_path, words, call, bitmaps):
+    assert call("prepare.py", *words(bitmaps), "--resize").returncode == 0
+    write(bitmaps / "train.txt", "".join(f"test/{number}\n" for number in range(8)))
+    assert call("prepare.py", *words(bitmaps), "--resize").returncode == 0
+    swap_channels(bitmaps)
+    result = call("train.py", *words(bitmaps))
+    folder = bitmaps / "cache/resized_19"
+    assert f"{folder}: 8 copies are of other pictures" in result.stdout
+    assert {item.image.parent for item in usable_items(loaded(words(bitmaps)), "train")} == {bitmaps / "images/test"}
+    assert call("prepare.py", *words(bitmaps), "--resize").returncode == 0
+    for item in usable_items(loaded(words(bitmaps)), "train"):
+        expected = Image.open(bitmaps / f"images/{item.key}.bmp").resize((25, 19), Image.Resampling.BILINEAR)
+        assert item.image.parent == folder / "test" and np.array_equal(Image.open(item.image), expected)
+
+
+def test_what_an_earlier_version_left_is_made_anew_by_name(tmp_path, words, call):
+    root = build(tmp_path / "data")
+    metric = ("eval.metrics=[fd_clip]",)
+    assert call("prepare.py", *words(root, *metric), "--resize").returncode == 0
+    (statistics,) = (root / "stats").iterdir()
+    made = dict(np.load(statistics))
+    np.savez(statistics, **{**made, "pictures": "0123456789abcdef", "mu": made["mu"] + 1})
+    for split in SPLITS:  # as they were: key, [size, time], [width, height]
+        paths = [root / f"images/{split}/{number}.png" for number in range({"train": 6, "test": 4}[split])]
+        states = [[path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+        old = [[f"{split}/{path.stem}", state, [1, 1]] for path, state in zip(paths, states, strict=True)]
+        write(root / f"cache/images_{split}.jsonl", "".join(json.dumps(line) + "\n" for line in old))
+        if split == "train":
+            done = "".join(json.dumps([*line[:2], True]) + "\n" for line in old)
+            write(root / "cache/resized_19/done.jsonl", done)
+    copies = root / "cache/resized_19"
+    for number in range(6):
+        Image.new("RGB", (25, 19)).save(copies / f"train/{number}.bmp")
+    training = call("train.py", *words(root, *metric))
+    assert training.returncode == 0, training.stderr
+    said = training.stdout.splitlines()
+    for split, count in (("train", 6), ("test", 4)):
+        line = (
+            f"{root}/cache/images_{split}.jsonl: {count} entries are of an earlier version of this program; made anew"
+        )
+        assert said.count(line) == 1
+    assert f"{statistics}: of an earlier version, which went by the pictures' sizes; measured anew" in said
+    assert any(line.startswith(f"{copies}: 6 copies are of other pictures, or of an earlier version") for line in said)
+    assert np.array_equal(np.load(statistics)["mu"], made["mu"])
+    result = call("prepare.py", *words(root, *metric), "--resize")
+    assert f"{copies}/done.jsonl: 6 entries are of an earlier version of this program; made anew" in result.stdout
+    assert row(result.stdout, "smallest image") == "40 x 30 40 x 30".split()
+    expected = picture(3).resize((25, 19), Image.Resampling.BILINEAR)
+    assert np.array_equal(Image.open(copies / "train/3.bmp"), expected)
+    again = call("prepare.py", *words(root, *metric), "--resize")
+    assert "anew" not in again.stdout and "checking" not in again.stdout and "resizing" not in again.stdout
+
+
+def test_what_could_not_be_read_is_tried_again(tmp_path, words, call, monkeypatch):
+    """A drive that was away, or a Pillow that could not decode the format then: the files have not changed."""
+    root = build(tmp_path / "data")
+    decode = layouts.decode
+
+    def fails(file):
+        raise OSError("no decoder")
+
+    monkeypatch.setattr(layouts, "decode", fails)
+    assert_refused(call("prepare.py", *words(root)), "6 of 6 train items cannot be used", "no decoder")
+    monkeypatch.setattr(layouts, "decode", decode)
+    result = call("prepare.py", *words(root))
+    assert result.returncode == 0 and row(result.stdout, "problems") == ["0", "0"], result.stderr
+
+
+def test_a_profile_of_no_use_is_told(tmp_path, words, call):
+    root = build(tmp_path / "data")
+    write(root / "images/train/2.png", encoded(picture(2), "PNG", icc_profile=b"no profile"))
+    for script in ("prepare.py", "train.py"):
+        result = call(script, *words(root))
+        assert result.returncode == 0, result.stderr
+        assert f"{root}/images/train/2.png: its colour profile cannot be used" in result.stdout
 
 
 # Key -> what stands in its place, and the problem that this is.
@@ -250,8 +402,8 @@ def test_interrupted_and_half_written(tmp_path, words, call):
     journal.write_text("".join(lines[:3]) + lines[3][:20])
     copies = root / "cache/resized_19"
     (copies / "done.jsonl").write_text("".join((copies / "done.jsonl").read_text().splitlines(keepends=True)[:5]))
-    (copies / "train/5.bmp").rename(copies / "train/5.bmp.partial")
-    (copies / "train/5.bmp.partial").write_bytes(b"half")
+    (copies / "train/5.bmp").rename(copies / "train/5.bmp.1-ab.partial")
+    (copies / "train/5.bmp.1-ab.partial").write_bytes(b"half")
     assert [item.image.suffix for item in usable_items(loaded(words(root)), "train")] == [".bmp"] * 5 + [".png"]
     for path in (root / "cache").glob("captions_*.pt"):
         sentences = checkpoint.read(path)["sentences"]
@@ -259,7 +411,7 @@ def test_interrupted_and_half_written(tmp_path, words, call):
         path.unlink()
     assert call("prepare.py", *words(root), "--resize").returncode == 0
     again = kept(root)
-    assert set(again) == set(whole)
+    assert set(again) == {*whole, "cache/resized_19/train/5.bmp.1-ab.partial"}
     assert all(json.loads(line) for line in again["cache/images_train.jsonl"][0].splitlines()[-3:])
     for name, (content, _) in whole.items():
         if not name.endswith("images_train.jsonl"):
@@ -276,20 +428,20 @@ def test_ctrl_c_loses_nothing(tmp_path, words):
     journal = root / "cache/images_train.jsonl"
     heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # jobs in the background ignore it
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, **heard)
-    while not journal.exists() or journal.stat().st_size < 2000:
+    while not journal.exists() or journal.stat().st_size < 5000:
         assert process.poll() is None
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     printed = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and printed.strip().splitlines()[-1] == "interrupted"
     lines = journal.read_text().splitlines()
-    assert len(lines) > 20 and all(json.loads(line)[2] == [40, 30] for line in lines)
+    assert len(lines) > 20 and all(json.loads(line)[2][2] == [40, 30] for line in lines)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, words, call):
     root = build(tmp_path / "data")
     (root / "cache").write_text("in the way")
-    assert_refused(call("prepare.py", *words(root)), str(root / "cache"), "cannot be written", "links")
+    assert_refused(call("prepare.py", *words(root)), str(root / "cache"), "cannot be written", "move away")
 
 
 def test_keys_that_leave_the_folder_are_not_followed(tmp_path, words, call):
@@ -383,3 +535,56 @@ def test_a_released_flat_configuration_trains(tmp_path, clip_file, call):
     for name in ("clip4evl", "stamp", "state_epoch", "gpu_id", "ch_size", "scaler_min", "log_dir"):
         assert name in line
     assert list((tmp_path / "saved" / "birds").glob("*/state_epoch_001.pth"))
+
+
+SMALL = {
+    "one picture": (1, {}, (), "the train split is empty; have 15 pictures or more"),
+    "two pictures": (2, {}, (), "a step needs 2 training images or more, not 1"),
+    "one to test with": (14, {}, (), "evaluation needs at least 2 test images", "have 15 pictures or more"),
+    "one sample": (20, {}, ("eval.samples=1",), "eval.samples: 1"),
+    "a batch that somebody set": (20, {}, ("train.batch_size=19",), "train.batch_size: 19 is larger than the 18"),
+    "one caption for all": (20, dict.fromkeys(range(20), "a bird"), (), "no mismatch exists", "/images/0.png"),
+    "a picture of every caption": (20, {4: "\n".join(f"picture {n}" for n in range(20))}, (), "images/4.png: no mism"),
+}
+
+
+@pytest.fixture
+def few(tmp_path, clip_file):
+    """few(count, captions, *more): the words for a set of so many pictures without lists; nobody sets a batch size."""
+
+    def few(count: int, captions: dict[int, str], *more: str) -> list[str]:
+        for number in range(count):
+            write(tmp_path / f"data/images/{number}.png", encoded(picture(number), "PNG"))
+            write(tmp_path / f"data/text/{number}.txt", captions.get(number, f"picture {number}"))
+        mine = write(tmp_path / "mine.yml", f"data: {{layout: folder, dir: {tmp_path}/data}}\nmodel: {{imsize: 16}}\n")
+        tiny = [word for word in TINY_RUN if "batch_size" not in word]
+        places = (f"log.dir={tmp_path}/logs", f"log.save_dir={tmp_path}/saved", f"clip.weights={clip_file}")
+        return [str(mine), *tiny, *places, "train.device=cpu", "eval.metrics=[fd_clip]", *more]
+
+    return few
+
+
+@pytest.mark.parametrize("what", SMALL)
+def test_what_training_refuses_is_refused_before_it_in_the_same_words(what, few, call, tmp_path):
+    count, captions, more, *parts = SMALL[what]
+    words = few(count, captions, *more)
+    for script in ("prepare.py", "train.py"):
+        assert_refused(call(script, *words, "clip.weights=never-read.pt"), *parts)
+        assert not list(tmp_path.rglob("captions_*"))  # nothing that takes long was begun
+    assert call("prepare.py", *words).stderr == call("train.py", *words).stderr
+
+
+def test_a_small_set_is_prepared_trained_sampled_and_scored_as_it_is(few, call, tmp_path):
+    words = few(20, {})
+    said = "train.batch_size: 18, of 18 training images; nobody set it"
+    for script in ("prepare.py", "train.py"):
+        result = call(script, *words)
+        assert result.returncode == 0 and said in result.stdout.splitlines(), result.stderr
+    (own,) = (tmp_path / "saved").rglob("config.yml")
+    assert config.load(own).train.batch_size == 18  # and goes on with that, however many pictures there are then
+    (state,) = own.parent.glob("state_epoch_001.pth")
+    assert checkpoint.read(state)["config"]["train.batch_size"] == 18
+    assert call("test.py", *words).returncode == 0
+    drawn = call("sample.py", *words[:1], "a picture", *words[-5:-2], "--n", 1, "--out", tmp_path / "drawn")
+    assert drawn.returncode == 0, drawn.stderr
+    assert said not in call("train.py", *words, "train.batch_size=6").stdout

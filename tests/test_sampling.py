@@ -123,7 +123,7 @@ def test_bf16_pictures_are_near_float32s(tmp_path):
         ([""], ["caption 1 is empty"]),
         ([CAPTION, "   "], ["caption 2 is empty"]),
         (["train.seed=1"], ["no caption"]),
-        ([CAPTION, "--checkpoint", "nowhere.pth"], ["no checkpoint nowhere.pth"]),
+        ([CAPTION, "--checkpoint", "nowhere.pth"], ["no checkpoint", "/nowhere.pth"]),
         ([CAPTION, "--checkpoint", "README.md"], ["README.md"]),
         ([CAPTION, "--n", "0"], ["--n"]),
         ([CAPTION, "--device", "cuda"], ["no GPU"]),

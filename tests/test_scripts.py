@@ -75,6 +75,17 @@ def test_every_script_and_entry_point_is_among_these():
     assert entries == {"train.py", "prepare.py", "sample.py", "test.py", "convert.py", "train_demo_clip.py"}
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
+def test_a_clone_has_the_folders_for_data_and_runs_and_git_sees_nothing_else_in_them():
+    for name in ("data", "logs", "saved_models"):
+        ignored = subprocess.run(
+            ["git", "check-ignore", f"{name}/README.md", f"{name}/demo/run/x"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert ignored.stdout.split() == [f"{name}/demo/run/x"]
+        tracked = subprocess.run(["git", "ls-files", name], cwd=ROOT, capture_output=True, text=True)
+        assert tracked.stdout.split() == [f"{name}/README.md"]
+
+
 def test_all_scripts_parse_and_say_what_they_do():
     scripts = sorted((ROOT / "scripts").glob("*.sh"))
     assert scripts

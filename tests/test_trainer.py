@@ -318,7 +318,7 @@ def test_script_trains_and_leaves_what_it_says(demo_folder, clip_file, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["cfg/nothing.yml"], ["no configuration file cfg/nothing.yml", "demo.yml"]),
+        (["cfg/nothing.yml"], ["no configuration file", "cfg/nothing.yml", "demo.yml"]),
         (["cfg/demo.yml", "train.batchsize=4"], ["'train.batchsize'", "did you mean 'train.batch_size'"]),
         (["cfg/demo.yml", "train.lr_g=fast"], ["train.lr_g must be of type float", "'fast'"]),
         (["cfg/demo.yml", "model.imsize=100"], ["model.imsize", "4 * 2^k", "100"]),

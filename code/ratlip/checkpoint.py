@@ -10,6 +10,7 @@ import torch
 
 from ratlip import distributed
 from ratlip.errors import UserError, first_line
+from ratlip.paths import full
 
 FORMAT = "ratlip-1"  # stands under "format" in every checkpoint that this program writes
 UNKNOWN = "{} is a checkpoint of another program: neither RATLIP's nor a released GALIP or RATLIP file"
@@ -41,7 +42,7 @@ def read(path: str | Path) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no checkpoint {path}")
+        raise UserError(f"no checkpoint {full(path)}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 from easydict import EasyDict
 
+from ratlip import paths
 from ratlip.errors import UserError
+from ratlip.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]  # of the repository
 DEFAULT = ROOT / "cfg" / "default.yml"
 
 CHOICES = {
@@ -84,10 +85,10 @@ FLAT = {
 }
 
 
-def _released_folder(value: Any) -> Any:
-    """The released programs ran in their code/ folder: where only that makes it a folder, it is meant from there."""
+def _released_path(value: Any) -> Any:
+    """The released programs ran in their code/ folder: what is there only when seen from it is meant from there."""
     from_code = Path(os.path.normpath(ROOT / "code" / str(value)))
-    return str(from_code) if from_code.is_dir() and not Path(str(value)).is_dir() else value
+    return str(from_code) if from_code.exists() and not (ROOT / str(value)).exists() else value
 
 
 FLAT_VALUES = {
@@ -95,7 +96,8 @@ FLAT_VALUES = {
     "data.layout": lambda value: {"birds": "bird", "cub": "bird", "flowers": "flower", "faces": "face"}.get(
         str(value).lower(), str(value).lower()
     ),
-    "data.dir": _released_folder,
+    "data.dir": _released_path,
+    "eval.released_npz": _released_path,
     "train.device": lambda value: "auto" if value else "cpu",
     "clip.weights": lambda value: value.get("type") if isinstance(value, dict) else value,
 }
@@ -103,6 +105,7 @@ FLAT_VALUES = {
 OPTIONAL = {  # null, or of this type
     "data.test_dir": str,
     "model.shipped": str,
+    "train.batch_size": int,
     "train.resume": str,
     "clip.feature_blocks": list,
     "clip.prompt_blocks": list,
@@ -110,25 +113,37 @@ OPTIONAL = {  # null, or of this type
     "eval.inception_released_weights": str,
     "eval.released_npz": str,
 }
+PATHS = (
+    "data.dir",
+    "data.test_dir",
+    "model.shipped",
+    "clip.weights",  # or a name to download
+    "train.resume",  # or auto, or an epoch
+    "eval.inception_weights",
+    "eval.inception_released_weights",
+    "eval.released_npz",
+    "log.dir",
+    "log.save_dir",
+)
+CLIP_FILES = {".pt", ".pth", ".bin", ".safetensors"}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
     """The resolved configuration of a run file.
 
     Args:
-        path: a YAML file with any of the keys of cfg/default.yml.
+        path: a YAML file with any of the keys of cfg/default.yml. One that is not in the caller's folder is looked
+            for in the repository.
         overrides: words like "train.batch_size=8", stronger than the file.
 
     Returns:
-        Every key of default.yml, as nested attributes; `name` is the run file's stem.
+        Every key of default.yml, as nested attributes; `name` is the run file's stem. Relative paths were meant from
+        the repository in a file, from the working folder in a word; all are as they are used from the latter.
 
     Raises:
         UserError: names the file or word, the key, and the nearest valid key.
     """
-    path = Path(path)
-    if not path.is_file():
-        known = ", ".join(sorted(p.name for p in DEFAULT.parent.glob("*.yml") if p != DEFAULT))
-        raise UserError(f"no configuration file {path}; cfg/ has {known}")
+    path = _find(path)
     defaults = default_settings()
     settings = dict(defaults)
     content = _read_yaml(path)
@@ -138,7 +153,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
             if key not in defaults:
                 raise UserError(f"{source}: unknown key {key!r}{_nearest(key, defaults)}")
             settings[key] = _check(source, key, value, defaults[key])
-    return EasyDict({"name": path.stem, **unflatten(settings)})
+    return EasyDict({"name": path.stem, **unflatten(placed(settings, str(path)))})
 
 
 def default_settings() -> dict[str, Any]:
@@ -169,10 +184,66 @@ def unflatten(flat: dict[str, Any]) -> dict:
     return tree
 
 
+def placed(settings: dict[str, Any], source: str) -> dict[str, Any]:
+    """Flat settings whose paths are written as in a file, from the repository, as they are used from here.
+
+    Args:
+        source: the file, for messages.
+    """
+
+    def place(key: str, value: Any) -> Any:
+        where = f"{source}: {key}"
+        return _change_path(key, value, ROOT, lambda text: paths.usable(paths.expand(text, where), ROOT))
+
+    return {key: place(key, value) for key, value in settings.items()}
+
+
+def kept(config: EasyDict) -> dict[str, Any]:
+    """The settings, flat, as a run keeps them: paths mean the same from any folder."""
+    settings = {key: value for key, value in flatten(config).items() if key != "name"}
+    return {key: _change_path(key, value, Path.cwd(), paths.portable) for key, value in settings.items()}
+
+
+def from_kept(settings: dict[str, Any]) -> dict[str, Any]:
+    """What `kept` gave, flat, with the defaults of settings that came later, and paths as they are used from here."""
+    settings = {**default_settings(), **settings}
+    return {key: _change_path(key, value, ROOT, paths.usable) for key, value in settings.items()}
+
+
 def dump(config: EasyDict) -> str:
-    """The configuration as YAML that `load` reads back."""
-    tree = unflatten({key: value for key, value in flatten(config).items() if key != "name"})
-    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
+    """The configuration as YAML that `load` reads back, in whatever folder."""
+    return yaml.safe_dump(unflatten(kept(config)), sort_keys=False, default_flow_style=None)
+
+
+def _find(path: str | Path) -> Path:
+    """The configuration file: the caller's, else the repository's."""
+    own = paths.typed(str(path))
+    found = next((place for place in (own, ROOT / own) if place.is_file()), None)
+    if found is None:
+        known = ", ".join(sorted(p.name for p in DEFAULT.parent.glob("*.yml") if p != DEFAULT))
+        places = " or ".join(dict.fromkeys(str(paths.full(place)) for place in (own, ROOT / own)))
+        raise UserError(f"no configuration file {places}; cfg/ has {known}")
+    return Path(paths.usable(found, Path.cwd()))
+
+
+def _change_path(key: str, value: Any, base: Path, change: Callable[[str], str]) -> Any:
+    """The value with `change` made to the path in it; what is no path stays as it is: a name, `auto`, an address."""
+    if key not in PATHS or value is None or "://" in value or value.startswith("pipe:"):
+        return value
+    if key == "train.resume" and (value == "auto" or value.isdigit()):
+        return value
+    before = _before_clip_file(value, base) if key == "clip.weights" else ""
+    return value if before is None else before + change(value.removeprefix(before))
+
+
+def _before_clip_file(value: str, base: Path) -> str | None:
+    """What stands before the file in `clip.weights`: "", or open_clip's "architecture:"; None for no file."""
+
+    def is_file(text: str) -> bool:
+        return text.startswith(("~", "$", "/", "./", "../")) or text != "" and (base / text).exists()
+
+    architecture, colon, file = ("", "", value) if is_file(value) else value.rpartition(":")
+    return architecture + colon if is_file(file) or Path(file).suffix in CLIP_FILES else None
 
 
 def _read_yaml(path: Path) -> dict:
@@ -199,13 +270,19 @@ def _translate(path: Path, content: dict) -> dict[str, Any]:
 
 
 def _read_word(word: str) -> tuple[str, dict]:
-    key, equals, value = word.partition("=")
+    key, equals, text = word.partition("=")
+    key = key.strip()
     if not equals or not key:
         raise UserError(f"{word!r}: expected key=value, for example train.batch_size=8")
     try:
-        return f"{word!r}", {key.strip(): yaml.safe_load(value)}
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
-        return f"{word!r}", {key.strip(): value}
+        value = text
+    if key in PATHS and not isinstance(value, str) and text.strip() not in ("", "null"):
+        value = text  # folders named ~, 007 or 2024-05-01
+    if isinstance(value, str):  # from here on as in a file: from the repository, or in full
+        value = _change_path(key, value, Path.cwd(), lambda text: paths.portable(paths.expand(text, repr(word))))
+    return f"{word!r}", {key: value}
 
 
 def _nearest(key: str, known: dict) -> str:

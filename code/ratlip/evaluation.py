@@ -25,8 +25,10 @@ from ratlip.metrics.features import SPACES, MissingWeights, Space, padded
 from ratlip.metrics.metric import Scored
 from ratlip.metrics.reference import Reference
 from ratlip.models.generator import Generator
+from ratlip.paths import full
 from ratlip.sampling import generate, seeded_noise
 
+MISSING = "missing"  # of a file of statistics
 NOISE_SEED = 0  # sample i is the same image in every evaluation of the same weights
 
 
@@ -145,7 +147,7 @@ class Scorer:
         if released and settings.released_npz:
             path = Path(settings.released_npz)
             if not path.is_file():
-                raise UserError(f"eval.released_npz: no file {path}; null makes statistics of the test split")
+                raise UserError(f"eval.released_npz: no file {full(path)}; null makes statistics of the test split")
             expected = {"protocol": space.protocol, "weights": space.checksum}
             return reference.load(path, space, self.device, expected, bare=True)
 
@@ -158,7 +160,10 @@ class Scorer:
         path = folder / f"{space.statistics}_test_{imsize}_{len(pictures)}.npz"
         facts = {"protocol": protocol, "weights": space.checksum, "count": len(pictures)}
         facts["pictures"] = reference.fingerprint(items)
-        if distributed.same(str(path.is_file())) == "False":  # one answer for all, while the first may be writing
+        reason = distributed.same(reference.outdated(path, facts) if path.is_file() else MISSING)
+        if reason:  # the first process's answer for all: it may be writing already
+            if reason != MISSING:
+                distributed.say(f"{path}: {reason}; measured anew")
             measured = reference.measure(pictures, *loading, "")
             reference.save(path, measured, space, protocol, facts["pictures"])
             distributed.same("")  # the file is there for everybody
@@ -181,8 +186,7 @@ class Evaluator:
         self.scorer, self.items, self.precision = scorer, items, precision
         settings = scorer.config.eval
         self.batch_size = settings.batch_size
-        self.samples = settings.samples or settings.sample_times * len(items)
-        _need_two(self.samples, "eval.samples")
+        self.samples = check_counts(settings, len(items))
         self.table = captions.CaptionTable([item.captions for item in items])
         with distributed.first_process_first():
             sentences = captions.embed(self.table, scorer.clip, cache_folder(scorer.config.data))
@@ -287,6 +291,21 @@ class Stages:
 def _kinds(names: Sequence[str]) -> list[type]:
     """The classes of these metrics, each once: one class may have several names."""
     return list(dict.fromkeys(METRICS[name] for name in names))
+
+
+def check_counts(settings: EasyDict, images: int) -> int:
+    """How many samples a generator's evaluation draws for so many test images; `settings` is the config's eval group.
+
+    Raises:
+        UserError: too few of either.
+    """
+    samples = settings.samples or settings.sample_times * images
+    kinds = _kinds([name for name in settings.metrics if name in METRICS])
+    stated = {"inception_released"} if settings.released_npz else set()  # spaces whose statistics need no test image
+    if any(kind.against_real and kind.space not in stated for kind in kinds):
+        _need_two(images, "the test split (a tenth where no list names it: have 15 pictures or more)")
+    _need_two(samples, "eval.samples")
+    return samples
 
 
 def _need_two(count: int, what: str) -> None:

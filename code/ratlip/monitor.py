@@ -19,7 +19,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from ratlip import distributed
-from ratlip.config import dump, flatten
+from ratlip.config import dump, kept
 from ratlip.pictures import curves, filmstrip, is_headline
 
 LOG_EVERY = 10  # steps between looks at the losses, each of which waits for the device
@@ -113,8 +113,8 @@ class Monitor:
     def hparams(self, scores: dict[str, float]) -> None:
         """The settings and final scores for TensorBoard's table of runs; the scores are those below scores/."""
         if self.active:
-            settings = {key: value for key, value in flatten(self.config).items() if key != "name"}
-            plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in settings.items()}
+            settings = kept(self.config).items()
+            plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in settings}
             final = {f"scores/{name}": value for name, value in scores.items() if is_headline(f"scores/{name}")}
             for summary in hparams(plain, final):
                 self.board.file_writer.add_summary(summary)

@@ -4,13 +4,14 @@ from collections import Counter
 
 from easydict import EasyDict
 
-from ratlip import build, device
+from ratlip import build, device, distributed
 from ratlip.clip_towers import FrozenClip
 from ratlip.data import captions
-from ratlip.data.inventory import MAX_LOST, Stock, cache_folder, loss, take_stock, too_many_lost, write_copies
+from ratlip.data.inventory import Stock, cache_folder, refusal, take_stock, too_many_lost, write_copies
 from ratlip.data.layouts import Item, Problem
+from ratlip.data.loader import BATCH_SIZE, batch_size_for
 from ratlip.errors import UserError
-from ratlip.evaluation import Scorer
+from ratlip.evaluation import Scorer, check_counts
 
 SPLITS = ("train", "test")
 
@@ -22,22 +23,46 @@ def check(config: EasyDict) -> dict[str, list[Item]]:
         the usable items of each split.
 
     Raises:
-        UserError: nothing to read, or more problems than a run would begin with.
+        UserError: nothing to read, more problems than a run would begin with, or too little for one.
     """
     stocks = {split: take_stock(config.data, split) for split in SPLITS}
     keys = {split: {item.key for item in stock.items} for split, stock in stocks.items()}
     for key in sorted(keys["train"] & keys["test"]):
         problem = Problem("key in both splits", f"{config.data.dir}: train and test both list {key!r}", lost=False)
         stocks["test"].problems.append(problem)
-    problems = [problem for stock in stocks.values() for problem in stock.problems]
-    for problem in problems:
+    for problem in dict.fromkeys(problem for stock in stocks.values() for problem in stock.problems):
         print(f"{problem.kind}  {problem.message}")
     print(table(list(stocks.values())))
     for stock in stocks.values():
-        if too_many_lost(stock):
-            share = f"{loss(stock)}, more than {MAX_LOST:.0%}"
-            raise UserError(f"{config.data.dir}: {share}: training would not begin; mend or remove them")
-    return {split: stock.items for split, stock in stocks.items()}
+        if too_many_lost(stock) or not stock.items:
+            raise refusal(config.data, stock)
+    items = {split: stock.items for split, stock in stocks.items()}
+    check_size(config, items)
+    return items
+
+
+def check_size(config: EasyDict, items: dict[str, list[Item]], processes: int = 1) -> None:
+    """Refuse what training cannot begin with although every image is fine, before anything that takes long; settle
+    `train.batch_size` where nobody set it.
+
+    Args:
+        items: the usable ones of each split.
+
+    Raises:
+        UserError: too few images for a batch or for scores, or captions of which none is wrong for some image.
+    """
+    settings, images = config.train, len(items["train"])
+    asked, settings.batch_size = settings.batch_size, batch_size_for(images, settings.batch_size, processes)
+    if asked is None and settings.batch_size != BATCH_SIZE:
+        over = f" on {processes} processes" if processes > 1 else ""
+        distributed.say(f"train.batch_size: {settings.batch_size}, of {images} training images{over}; nobody set it")
+    alone = captions.CaptionTable([item.captions for item in items["train"]]).without_mismatch()
+    if alone is not None:
+        raise UserError(
+            f"{config.data.dir}: every training caption is also one of {items['train'][alone].place}: no mismatch "
+            "exists, by which a discriminator learns what captions mean; give the images captions of their own"
+        )
+    check_counts(config.eval, len(items["test"]))
 
 
 def table(stocks: list[Stock]) -> str:

@@ -56,7 +56,7 @@ def check(config: EasyDict, content: dict, clip_shape: dict, epoch_steps: int | 
         UserError: the networks, CLIP, or the number of steps in an epoch would be others.
     """
     now = {key: value for key, value in configuration.flatten(config).items() if key != "name"}
-    then = {**configuration.default_settings(), **content["config"]}
+    then = configuration.from_kept(content["config"])
     changed = [key for key in now if key in then and now[key] != then[key] and key not in SILENT]
     for key in changed:
         if FIXED.match(key):

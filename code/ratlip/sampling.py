@@ -15,6 +15,7 @@ from ratlip import device as devices
 from ratlip.clip_towers import FrozenClip
 from ratlip.errors import UserError
 from ratlip.models.generator import Generator
+from ratlip.paths import command
 
 
 def seeded_noise(seed: int, numbers: Sequence[int], dim: int) -> Tensor:
@@ -96,11 +97,10 @@ def find_checkpoint(config: EasyDict) -> Path:
     if trained:
         return trained[0]
     if config.model.shipped:
-        shipped = configuration.ROOT / config.model.shipped
-        return shipped.relative_to(Path.cwd()) if shipped.is_relative_to(Path.cwd()) else shipped
+        return Path(config.model.shipped)
     raise UserError(
         f"nothing has been trained with {config.name} yet (no checkpoint below {config.log.save_dir}/{config.name}); "
-        f"run: bash scripts/train.sh cfg/{config.name}.yml, or name a checkpoint"
+        f"run: {command('train.sh')} cfg/{config.name}.yml, or name a checkpoint"
     )
 
 
@@ -122,7 +122,7 @@ def load_generator(config: EasyDict, path: str | Path) -> tuple[Generator, Froze
     if content.get("format") != checkpoint.FORMAT:
         raise UserError(checkpoint.UNKNOWN.format(path))
     # A checkpoint from before a setting existed was made with what is its default now.
-    own = EasyDict(configuration.unflatten({**configuration.default_settings(), **content["config"]}))
+    own = EasyDict(configuration.unflatten(configuration.from_kept(content["config"])))
     own.clip.update(source=config.clip.source, weights=config.clip.weights)
     clip = build.clip_of(own)
     if clip.shape != content["clip"]:

@@ -30,7 +30,9 @@ from ratlip.guard import Guard
 from ratlip.models.discriminator import Discriminator
 from ratlip.models.generator import Generator
 from ratlip.monitor import Monitor
+from ratlip.paths import command
 from ratlip.pictures import captioned_grid
+from ratlip.preparation import check_size
 from ratlip.profiling import Trace
 from ratlip.sampling import generate, seeded_noise
 from ratlip.stopping import Stop, Stopped
@@ -218,6 +220,7 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     precision = devices.choose_precision(config.train.precision, place)
     with distributed.first_process_first():  # before CLIP, which may be a long download, is asked for
         items, test_items = (usable_items(config, split) for split in ("train", "test"))
+    check_size(config, {"train": items, "test": test_items}, distributed.world_size())
     torch.manual_seed(config.train.seed)
     clip = build.clip_of(config).to(place)
     table = captions.CaptionTable([item.captions for item in items])
@@ -334,7 +337,7 @@ def train(config: EasyDict, words: Sequence[str] = ()) -> None:
         if scores:  # else nothing has been trained yet
             save(t, config, scores, len(batches), save_folder / f"state_epoch_{t.epoch:03}_step_{t.step:08}.pth")
         again = shlex.join([f"cfg/{config.name}.yml", *words])
-        distributed.say(f"\nstopped by {cause} and saved; go on with: bash scripts/resume.sh {again}")
+        distributed.say(f"\nstopped by {cause} and saved; go on with: {command('resume.sh')} {again}")
         draw_course(t, monitor)
     else:
         distributed.say(f"\n{scores_table(scores)}\n")
@@ -397,7 +400,7 @@ def save(t: Training, config: EasyDict, scores: dict, epoch_steps: int, path: Pa
         return
     content = {
         "format": checkpoint.FORMAT,
-        "config": configuration.flatten({key: value for key, value in config.items() if key != "name"}),
+        "config": configuration.kept(config),
         "clip": t.clip.shape,
         "epoch": t.epoch,
         "step": t.step,

@@ -10,7 +10,7 @@ from PIL import Image
 from ratlip.data import loader
 from ratlip.data.captions import CaptionTable
 from ratlip.data.layouts import Item
-from ratlip.data.loader import Draw, EpochBatches, TrainingImages, training_loader
+from ratlip.data.loader import Draw, EpochBatches, TrainingImages, batch_size_for, training_loader
 from ratlip.errors import UserError
 
 
@@ -121,9 +121,19 @@ def test_mismatched_captions_are_the_most_similar_of_a_pool():
 
 def test_impossible_batches_are_refused():
     with pytest.raises(UserError, match="train.batch_size: 8 is larger than the 7"):
-        EpochBatches(table(7), 8, seed=0)
+        batch_size_for(7, 8)
     with pytest.raises(UserError, match="train.batch_size: 6 .* 4 processes"):
-        EpochBatches(table(7), 6, seed=0, rank=0, world_size=4)
+        batch_size_for(7, 6, 4)
+    with pytest.raises(UserError, match="2 training images or more, not 1"):
+        batch_size_for(1)
+    with pytest.raises(UserError, match="4 training images or more, one for each of 4 processes, not 3"):
+        batch_size_for(3, None, 4)
+
+
+def test_a_batch_size_that_nobody_set_follows_the_set():
+    cases = [(2, 1, 2), (18, 1, 18), (63, 1, 63), (64, 1, 64), (9000, 1, 64), (18, 4, 16), (9000, 3, 63), (4, 4, 4)]
+    for images, processes, expected in cases:
+        assert batch_size_for(images, None, processes) == expected
 
 
 def test_workers_change_nothing(tmp_path):

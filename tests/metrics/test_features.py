@@ -20,6 +20,7 @@ from ratlip.metrics.features import (
     padded,
     released_inception_input,
 )
+from ratlip.paths import full
 
 NOWHERE = {"inception_weights": "nowhere.pth", "inception_released_weights": "nowhere.pth"}
 
@@ -61,7 +62,7 @@ def test_missing_weights_say_what_to_do(space, small_clip, tmp_path, monkeypatch
     parts = ["https://", name, f"{tmp_path}/hub/checkpoints/{name}", f"sha256 begins {name[-12:-4]}", "set eval.incep"]
     with pytest.raises(MissingWeights) as caught:
         space(EasyDict({"eval": NOWHERE}), small_clip)
-    assert all(part in str(caught.value) for part in [*parts, "no file nowhere.pth"]), caught.value
+    assert all(part in str(caught.value) for part in [*parts, f"no file {full('nowhere.pth')}"]), caught.value
 
 
 def test_a_download_that_fails_leaves_nothing(tmp_path, monkeypatch):

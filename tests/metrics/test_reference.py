@@ -1,5 +1,7 @@
 """Reference statistics on disk: what is read back, and what is refused."""
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -109,11 +111,35 @@ def test_a_released_file_needs_mu_and_sigma_only(tmp_path):
         reference.load(path, MeanColour(False), CPU, FACTS, bare=True)
 
 
-def test_fingerprint_follows_the_pictures(items):
-    before = reference.fingerprint(items)
-    assert reference.fingerprint(items) == before != reference.fingerprint(items[:-1])
-    Image.new("RGB", (9, 9)).save(items[0].image)
-    assert reference.fingerprint(items) != before
+def test_fingerprint_follows_what_the_pictures_hold():
+    items = [Item(f"{i}", Path(f"{i}.png"), ["a"], content=f"hash {i}") for i in range(3)]
+    found = reference.fingerprint(items)
+    renamed = [replace(item, key="other", image=Path("elsewhere.jpg"), captions=["b"]) for item in items]
+    assert reference.fingerprint(renamed) == found
+    for other in (items[:-1], items[::-1], [*items[:2], replace(items[2], content="hash 4")],
+                  [*items[:2], replace(items[2], box=(0.0, 0.0, 1.0, 1.0))]):  # fmt: skip
+        assert reference.fingerprint(other) != found
+    with pytest.raises(ValueError, match="take_stock"):
+        reference.fingerprint([Item("0", Path("0.png"), ["a"])])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (good(), ""),
+        (good(pictures="0123456789abcdef"), "of an earlier version, which went by the pictures' sizes"),
+        (good(pictures="content:other"), "of other pictures"),
+        (good(weights="00000000"), "its weights is 00000000, but this needs 12345678"),
+        (good(count=8), "its count is 8, but this needs 7"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, ""),  # of another program: nothing to replace
+        (None, ""),  # damaged: nor that
+    ],
+)
+def test_what_is_made_anew(tmp_path, content, reason):
+    (tmp_path / "found.npz").write_bytes(b"PK cut short")
+    if content:
+        np.savez(tmp_path / "found.npz", **content)
+    assert reference.outdated(tmp_path / "found.npz", FACTS) == reason
 
 
 def test_an_unwritable_place_is_named(items, tmp_path):

@@ -12,12 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ratlip import distributed
-from ratlip.errors import UserError
-
-READ_ONLY = (
-    "{}: cannot be written ({}), and there is kept what was found out about the data; "
-    "where that is read-only, set data.dir to a folder of links to it"
-)
+from ratlip.disk import cannot_write
 
 
 class Journal:
@@ -25,22 +20,34 @@ class Journal:
 
     An entry holds for the state (size, time of change and so on) that its file was in. An interruption costs at
     most the line being written, which reading then passes over.
+
+    Args:
+        version: of what is found out and how; entries of other versions are not used, and counted in `outdated`.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, version: int):
+        self.path, self.version = path, version
         self.known: dict[str, tuple[list, Any]] = {}
+        self.outdated: set[str] = set()
         for line in path.read_bytes().splitlines() if path.is_file() else ():
             try:
-                name, state, result = json.loads(line)
-                self.known[name] = (state, result)
+                name, state, result, *version = json.loads(line)
             except (ValueError, TypeError):
                 continue
+            if version == [self.version]:
+                self.known[name] = (state, result)
+            else:
+                self.outdated.add(name)
+        self.outdated.difference_update(self.known)
 
     def find(self, name: str, state: list) -> Any:
         """What is known of a file in this state; None if nothing is."""
         known_state, result = self.known.get(name, (None, None))
         return result if known_state == state else None
+
+    def earlier(self, name: str) -> Any:
+        """What was found last of a file, in whatever state it was; None if nothing is known."""
+        return self.known.get(name, (None, None))[1]
 
     def add(self, entries: Sequence[tuple[str, list, Any]]) -> None:
         """Remember (name, state, result) of some files."""
@@ -49,15 +56,24 @@ class Journal:
             with open(self.path, "ab+") as file:
                 if file.tell() and self._ends_broken(file):
                     file.write(b"\n")
-                file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
+                file.write("".join(json.dumps([*entry, self.version]) + "\n" for entry in entries).encode())
         except OSError as error:
-            raise UserError(READ_ONLY.format(self.path, error.strerror)) from None
+            raise cannot_write(self.path, error) from None
         self.known.update({name: (state, result) for name, state, result in entries})
 
     @staticmethod
     def _ends_broken(file) -> bool:
         file.seek(-1, os.SEEK_END)
         return file.read() != b"\n"
+
+
+def file_state(path: Path) -> list[int]:
+    """What changes when a file's content may have: it tells when to read it again, not what it holds.
+
+    Size and time of change are not enough: copying and unpacking set times.
+    """
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def complete(
@@ -72,14 +88,17 @@ def complete(
 
     Args:
         inputs: (name, state, argument of `work`) each; the results, plain JSON values that are not None, come in
-            the same order.
+            the same order. One that is text says why the work failed: it is tried again the next time.
         num_workers: processes to spread the work over; 0: this one.
         together: inputs that a process takes at a time, and that an interruption costs it.
         desc: title of the progress bar, and of the line that says how long it took.
     """
-    missing = [entry for entry in inputs if journal.find(*entry[:2]) is None]
+    found = [journal.find(name, state) for name, state, _ in inputs]
+    missing = [place for place, result in enumerate(found) if result is None]
+    if remade := sum(inputs[place][0] in journal.outdated for place in missing):
+        distributed.say(f"{journal.path}: {remade:,} entries are of an earlier version of this program; made anew")
     loader = DataLoader(
-        _Work([argument for *_, argument in missing], work),
+        _Work([inputs[place][2] for place in missing], work),
         together,
         num_workers=num_workers,
         collate_fn=list,
@@ -88,14 +107,19 @@ def complete(
     done, started = 0, time.perf_counter()
     with tqdm(total=len(missing), desc=desc, unit="file", leave=False, disable=distributed.rank() > 0 or None) as bar:
         for results in loader if missing else ():
-            entries = missing[done : done + len(results)]
-            journal.add([(name, state, result) for (name, state, _), result in zip(entries, results, strict=True)])
+            entries = []
+            for place, result in zip(missing[done : done + len(results)], results, strict=True):
+                found[place] = result
+                if not isinstance(result, str):
+                    entries.append((*inputs[place][:2], result))
+            if entries:
+                journal.add(entries)
             done += len(results)
             bar.update(len(results))
     if missing:
         seconds = time.perf_counter() - started
         distributed.say(f"{desc}: {done:,} in {seconds:.1f} s, {done / seconds:,.0f} a second")
-    return [journal.find(name, state) for name, state, _ in inputs]
+    return found
 
 
 class _Work(Dataset):

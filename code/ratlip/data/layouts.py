@@ -3,22 +3,30 @@
 import pickle
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
 from ratlip import distributed
 from ratlip.data import demo
 from ratlip.errors import UserError, first_line
+from ratlip.paths import full
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 MAX_PIXELS = 64_000_000  # of an image; larger ones would take hundreds of megabytes in each worker
 MAX_PROPORTION = 32  # longer to shorter side; the shorter one is resized to what training needs, however long the other
+DECODING = 2  # version of `decode`: where it gives other pixels than before, what was made from them is made anew
+PROFILED = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}  # a profile's colour space: Pillow's mode
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+ROUNDING = 2  # levels of 255; a profile that moves no colour further is sRGB, written by another program
 SPLIT_SEED = 0  # of the 90/10 split of a data set that has no lists, or no test shards
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode refuses earlier than Pillow warns
@@ -33,6 +41,7 @@ class Item:
     captions: list[str]
     box: tuple[float, float, float, float] | None = None
     span: tuple[int, int] | None = None  # the image's first byte and length, where `image` is a tar shard
+    content: str | None = None  # hash of the image's bytes, once they have been read
 
     @property
     def place(self) -> str:
@@ -85,7 +94,7 @@ def read_items(layout_name: str, root: Path, split: str) -> tuple[list[Item], li
         layout_name = "folder"
     layout = LAYOUTS[layout_name]
     if not root.is_dir():
-        raise UserError(f"data.dir: no folder {root}; README.md says where each data set comes from")
+        raise UserError(f"data.dir: no folder {full(root)}; README.md says where each data set comes from")
     images = _images_by_key(root) if layout_name == "folder" else None
     keys = _folder_keys(root, split, images) if images is not None else _pickled_keys(root, layout, split)
     boxes = _read_boxes(root / layout.boxes) if layout.boxes else {}
@@ -137,44 +146,135 @@ def held_out(keys: list[str], split: str) -> list[str]:
     return sorted(drawn[:tests] if split == "test" else drawn[tests:])
 
 
-def open_image(item: Item) -> Image.Image:
+def read_bytes(item: Item) -> bytes:
+    """The image file of an item, or its part of a shard."""
+    start, length = item.span or (0, -1)
+    with open(item.image, "rb") as file:
+        file.seek(start)
+        return file.read(length)
+
+
+def open_image(item: Item, content: bytes | None = None) -> Image.Image:
     """The RGB picture of an item; birds are cropped around their bounding box, as in the published work.
+
+    Args:
+        content: the image's bytes, where they have been read.
 
     Raises:
         UserError: names the file of an image that cannot be used.
     """
-    try:
-        image = decode(item.image if item.span is None else BytesIO(_read_span(item.image, *item.span)))
+    with _naming(item.place):
+        if content is None and item.span is not None:
+            content = read_bytes(item)
+        image = decode(item.image if content is None else BytesIO(content))
         return image if item.box is None else _crop_around(image, *item.box)
-    except Exception as error:  # on broken files Pillow's decoders fail in any way
-        raise UserError(f"{item.place}: cannot be decoded ({first_line(error)})") from None
+
+
+def open_plain(path: Path) -> Image.Image:
+    """A picture to be scored as torch-fidelity reads it, and most programs that score: Pillow's own conversion to RGB.
+
+    Colour profiles, EXIF's turning and transparency are passed over, other than by `decode`.
+
+    Raises:
+        UserError: names the file of a picture that cannot be used.
+    """
+    with _naming(str(path)), Image.open(path) as image:
+        _check_pixels(image)
+        return image.convert("RGB")
 
 
 def decode(file: Path | BytesIO) -> Image.Image:
-    """An image file as 8-bit RGB: turned as its EXIF data says, 16-bit levels scaled, transparency over white.
+    """An image file as 8-bit RGB in sRGB's colours: converted as its colour profile says, turned as its EXIF data says,
+    16-bit levels scaled, transparency over white; the first of several frames.
+
+    A profile that cannot be used stays under "icc_profile" in the picture's `info`; the colours are then taken as sRGB.
 
     Raises ValueError for more than MAX_PIXELS or MAX_PROPORTION, before any pixel is decoded, and whatever Pillow
     raises.
     """
     with Image.open(file) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}; shrink it")
+        _check_pixels(image)
         if max(image.size) > MAX_PROPORTION * min(image.size):
             raise ValueError(f"{image.width} x {image.height} pixels are too long a strip; cut it")
         image = ImageOps.exif_transpose(image)
+        profile = image.info.get("icc_profile")
         if image.mode.startswith("I"):  # 16-bit grey, which convert would cut off at 255
             levels = np.asarray(image).clip(0, 65535).astype(np.float32) / 257
             image = Image.fromarray(levels.round().astype(np.uint8))
+        alpha = None
         if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+            image = image.convert("LA" if image.mode == "L" else "RGBA")
+            alpha = image.getchannel("A")
+            image = image.convert(image.mode.removesuffix("A"))
+        image = _in_srgb(image, profile)
+        if alpha is None:
+            return image
+        useless = image.info
+        image.putalpha(alpha)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image.info = useless
+        return image
 
 
-def _read_span(path: Path, start: int, length: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(start)
-        return file.read(length)
+@contextmanager
+def _naming(place: str) -> Iterator[None]:
+    """Whatever is wrong with a picture becomes a UserError that names its place."""
+    try:
+        yield
+    except Exception as error:  # on broken files Pillow's decoders fail in any way
+        raise UserError(f"{place}: cannot be decoded ({first_line(error)})") from None
+
+
+def _check_pixels(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}; shrink it")
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """An image without transparency as RGB, its colours as `profile` means them; `info` keeps one that is of no use."""
+    if image.mode == "LAB":  # states its colours by itself; convert knows no way from it
+        profile = _lab_profile()
+    useless = {}
+    try:
+        if profile is not None:
+            mode, transform = _srgb_transform(profile)
+            if (mode == "RGB" and image.mode not in ("CMYK", "LAB")) or (mode == "L" and image.mode == "1"):
+                image = image.convert(mode)
+            if image.mode != mode:
+                raise ValueError(f"a profile of {mode} in a picture of {image.mode}")
+            if transform is not None:
+                image = ImageCms.applyTransform(image, transform)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        useless = {"icc_profile": profile}
+    image = image.convert("RGB")
+    image.info = useless
+    return image
+
+
+@lru_cache(64)
+def _srgb_transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
+    """The mode of the pictures that a profile is for, and what converts them to sRGB; None where nothing is to be done.
+
+    Raises what Pillow does for a broken profile, and ValueError for one of another kind of colours.
+    """
+    source = ImageCms.ImageCmsProfile(BytesIO(profile))
+    mode = PROFILED.get(source.profile.xcolor_space)
+    if mode is None:
+        raise ValueError(f"no use for a profile of {source.profile.xcolor_space}")
+    transform = ImageCms.buildTransform(source, SRGB, mode, "RGB")  # perceptual, as Pillow's profileToProfile
+    if mode in ("RGB", "L"):
+        steps = np.linspace(0, 255, 18).round().astype(np.uint8)
+        grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(18, -1, 3) if mode == "RGB" else steps[None]
+        colours = Image.fromarray(grid)
+        moved = np.asarray(ImageCms.applyTransform(colours, transform), int) - np.asarray(colours.convert("RGB"), int)
+        if np.abs(moved).max() <= ROUNDING:
+            return mode, None
+    return mode, transform
+
+
+@lru_cache(1)
+def _lab_profile() -> bytes:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
 
 
 def _crop_around(image: Image.Image, x: float, y: float, width: float, height: float) -> Image.Image:

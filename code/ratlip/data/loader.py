@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ratlip.augment import shift
 from ratlip.data.captions import CaptionTable
-from ratlip.data.layouts import Item, open_image
+from ratlip.data.layouts import Item, open_image, open_plain
 from ratlip.errors import UserError
 from ratlip.stopping import ignore_signals
 
+BATCH_SIZE = 64  # published; where `train.batch_size` is null
 OPEN_SHARDS = 16  # that an epoch draws from at any time
 
 # More workers than cores do no harm: they wait for the disk, and the default is meant for larger machines.
@@ -76,12 +77,6 @@ class EpochBatches(Sampler[list[Draw]]):
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
         self.start = 0  # batches of the epoch to leave out: a run that was stopped in its midst has seen them
-        if batch_size > len(table.starts) - 1:
-            raise UserError(
-                f"train.batch_size: {batch_size} is larger than the {len(table.starts) - 1} training images"
-            )
-        if batch_size % world_size:
-            raise UserError(f"train.batch_size: {batch_size} does not divide over {world_size} processes")
 
     def __len__(self) -> int:
         return (len(self.table.starts) - 1) // self.batch_size
@@ -108,6 +103,27 @@ class EpochBatches(Sampler[list[Draw]]):
         pool = rng.integers(len(self.directions), size=(len(rows), self.mismatch_pool))
         cosines = torch.einsum("be,bpe->bp", self.directions[rows], self.directions[pool])
         return np.take_along_axis(pool, cosines.argsort(dim=1, descending=True, stable=True).numpy(), axis=1)
+
+
+def batch_size_for(images: int, asked: int | None = None, processes: int = 1) -> int:
+    """Images in a batch, over all processes together: as asked, else BATCH_SIZE or what a smaller set allows.
+
+    Raises:
+        UserError: more than there are images, or a number that does not divide over the processes.
+    """
+    size = asked or min(BATCH_SIZE, images) // processes * processes
+    if size < 2:
+        each = f", one for each of {processes} processes" if processes > 1 else ""
+        raise UserError(
+            f"train.batch_size: a step needs {max(2, processes)} training images or more{each}, not {images}"
+        )
+    if size > images:
+        raise UserError(
+            f"train.batch_size: {size} is larger than the {images} training images; where it is null it follows them"
+        )
+    if size % processes:
+        raise UserError(f"train.batch_size: {size} does not divide over {processes} processes")
+    return size
 
 
 class TrainingImages(Dataset):
@@ -168,7 +184,7 @@ class EnlargedTestImages(Dataset):
 
 
 class Pictures(Dataset):
-    """Picture files as they are, each in its own size. Gives (image, number)."""
+    """Picture files as torch-fidelity reads them, each in its own size. Gives (image, number)."""
 
     def __init__(self, paths: Sequence[Path]):
         self.paths = paths
@@ -177,8 +193,7 @@ class Pictures(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path = self.paths[index]
-        return to_tensor(open_image(Item(path.name, path, []))), index
+        return to_tensor(open_plain(self.paths[index])), index
 
 
 def same_size_batches(samples: Sequence[tuple[Tensor, int]]) -> list[tuple[Tensor, Tensor]]:

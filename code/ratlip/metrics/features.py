@@ -16,6 +16,7 @@ from ratlip import checkpoint, distributed
 from ratlip import device as devices
 from ratlip.clip_towers import FrozenClip
 from ratlip.errors import UserError, first_line
+from ratlip.paths import full
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INCEPTION_SIDE = 299  # pixels
@@ -146,7 +147,7 @@ def find_weights(named: str | None, url: str, key: str) -> tuple[Path, str, str]
     kept = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     path = Path(named) if named else kept
     published = path_digits(url)
-    reason = f"no file {path} ({key})"
+    reason = f"no file {full(path)} ({key})"
     if not named:
         with distributed.first_process_first():
             if not path.is_file() and distributed.rank() == 0:

@@ -1,10 +1,8 @@
 """Reference statistics: what the real pictures look like in a feature space, measured once and kept in a file."""
 
 import hashlib
-import os
 import zipfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +14,16 @@ from tqdm import tqdm
 
 from ratlip import device as devices
 from ratlip import distributed
-from ratlip.data.layouts import Item
+from ratlip.data.layouts import DECODING, Item
 from ratlip.data.loader import same_size_batches
+from ratlip.disk import replacing
 from ratlip.errors import UserError, first_line
 from ratlip.metrics.features import Space
 from ratlip.metrics.frechet import Gaussian, Moments
 
 ALWAYS = {"mu", "sigma"}  # the keys of a released file
 OURS = {*ALWAYS, "count", "protocol", "weights", "pictures"}
+CONTENT = "content:"  # begins a fingerprint; those of earlier versions, without it, went by the files' sizes
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,11 @@ def measure(pictures: Dataset, space: Space, device: torch.device, batch_size: i
 
 
 def fingerprint(items: Sequence[Item]) -> str:
-    """16 digits that change when the pictures of a split do: their keys, file sizes and boxes."""
-    lines = [f"{item.key}\t{item.image.stat().st_size}\t{item.box}" for item in items]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    """What names the pictures of a split: their files' contents and boxes, in order, and how they are read, hashed."""
+    if any(item.content is None for item in items):
+        raise ValueError("items as take_stock gives them are needed, with their contents' hashes")
+    lines = [f"decoding {DECODING}", *(f"{item.content}\t{item.box}" for item in items)]
+    return CONTENT + hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
 
 def save(path: Path, reference: Reference, space: Space, protocol: str, pictures: str) -> None:
@@ -82,16 +84,30 @@ def save(path: Path, reference: Reference, space: Space, protocol: str, pictures
     }
     if reference.features is not None:
         content["features"] = reference.features.numpy()
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        with replacing(path) as file:
             np.savez(file, **content)
-        os.replace(partial, path)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise UserError(f"could not write {path} ({error}); earlier files are untouched") from None
+
+
+def outdated(path: Path, expected: dict[str, object]) -> str:
+    """Why a file of statistics that this program wrote does not hold here, in words; "" where it does.
+
+    "" too of a file that `load` refuses: one that is damaged, or that another program wrote.
+    """
+    try:
+        content = _read(path, set(expected))
+    except UserError:
+        return ""
+    for key, value in expected.items() if set(content) >= OURS else ():
+        found = content[key].tolist()
+        if key == "pictures" and found != value:
+            other = str(found).startswith(CONTENT)
+            return "of other pictures" if other else "of an earlier version, which went by the pictures' sizes"
+        if found != value:
+            return f"its {key} is {found}, but this needs {value}"
+    return ""
 
 
 def load(path: Path, space: Space, device: torch.device, expected: dict[str, object], bare: bool = False) -> Reference:
