@@ -17,6 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "code")]
 
+LISTING = ("listed, s", "checked, s", "again, s")
 EXAMPLE = """example:
   source scripts/env.sh && python benchmarks/speed.py --what sample --batch 1 8 --rounds 5
   python benchmarks/speed.py --what train --batch 4
@@ -27,7 +28,8 @@ Random weights of the released size: ViT-B/32, nf 64, 224 pixels. Each round run
 second time; the first round is not counted. Peak memory is that of a process of its own for each (resident memory on a
 CPU, allocated on a GPU). Training is that of both networks, without averaged weights (train.ema), which the plain form
 has not.
-data: images a second of one process, from JPEGs of 500 x 375 (plain) and from prepare.sh's resized copies (ours).
+data: images a second of one process, from JPEGs of 500 x 375 (plain) and from prepare.sh's resized copies (ours); then
+seconds to list folders of more and more pictures of one pixel, and to check them, for the first time and again.
 """
 
 
@@ -54,6 +56,13 @@ def parse(line: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--brief", action="store_true", help="one line for each batch size")
     parser.add_argument("--smoke", action="store_true", help="tiny networks: whether it runs, not how fast")
+    parser.add_argument(
+        "--pictures",
+        type=at_least_one,
+        nargs="+",
+        default=[10_000, 50_000, 200_000],
+        help="data: in the folders listed",
+    )
     parser.add_argument("--only", metavar="plain|ours|SAVING", help="peak memory of one, as JSON")
     words = parser.parse_args(line)
     words.line = tuple(line)
@@ -98,6 +107,11 @@ def main(line: list[str]) -> None:
     for batch in words.batch:
         for rival in rivals:
             compare(words, batch, rival)
+    if words.what == "data":
+        print(f"\n{'pictures':>10}" + "".join(f"  {column:>12}  {'CPU s':>6}" for column in LISTING))
+        for count in words.pictures:
+            cells = (f"  {clock:>12.2f}  {processor:>6.2f}" for clock, processor in listing(count))
+            print(f"{count:>10,}" + "".join(cells), flush=True)
 
 
 def at_least_one(text: str) -> int:
@@ -356,6 +370,39 @@ def data_calls() -> dict[str, Callable[[], object]]:
         if name == "plain":
             write_copies(settings, items)  # which usable_items then finds
     return made
+
+
+def listing(count: int) -> list[tuple[float, float]]:
+    """Seconds by the clock, and of processor time: to list a folder of so many pictures with captions, both splits; to
+    decode them besides, as when a run begins for the first time; and when one begins, or goes on, after that."""
+    import io
+    from contextlib import redirect_stdout
+
+    from PIL import Image
+
+    from ratlip import config
+    from ratlip.data.inventory import take_stock
+    from ratlip.data.layouts import read_items
+
+    content = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(content, "PNG")
+    settings = config.EasyDict(config.unflatten(config.default_settings())).data
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        for number in range(count):
+            for kind, suffix in (("images", "png"), ("text", "txt")):
+                path = Path(folder, kind, f"{number // 1000:03}", f"{number:06}.{suffix}")
+                if number % 1000 == 0:
+                    path.parent.mkdir(parents=True)
+                path.write_bytes(content.getvalue() if kind == "images" else b"picture number %d" % number)
+        settings.update(dir=folder, num_workers=0)
+        check = functools.partial(take_stock, settings)
+        for call in (functools.partial(read_items, "folder", Path(folder)), check, check):
+            start = time.perf_counter(), time.process_time()
+            for split in ("train", "test"):
+                call(split)
+            seconds.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    return seconds
 
 
 if __name__ == "__main__":

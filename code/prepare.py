@@ -23,6 +23,11 @@ def main() -> None:
         action="store_true",
         help="write copies of the training images, cropped and resized, for training to read: the same pixels, sooner",
     )
+    parser.add_argument(
+        "--captions-from-folders",
+        metavar="TEXT",
+        help='first caption pictures that have no captions by the folders they are in: "a photo of a {}"',
+    )
     words = parser.parse_intermixed_args()
 
     from ratlip import config  # not before: -h needs no package
@@ -31,6 +36,8 @@ def main() -> None:
 
     from ratlip import preparation  # takes seconds: a typo in the words above is answered at once
 
+    if words.captions_from_folders:
+        preparation.caption_by_folders(resolved, words.captions_from_folders)
     items = preparation.check(resolved)
     if words.resize:
         preparation.resize(resolved, items["train"])

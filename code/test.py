@@ -1,13 +1,13 @@
 """Entry point of scripts/test.sh: score a checkpoint's images, or a folder of pictures."""
 
 import argparse
-import re
+import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ratlip import errors
+from ratlip import commandline, errors
 from ratlip.errors import UserError
 from ratlip.paths import full, typed
 
@@ -28,15 +28,23 @@ def main() -> None:
         "\n\nexamples:\n  bash scripts/test.sh cfg/demo.yml\n  bash scripts/test.sh cfg/bird.yml galip_bird.pth "
         '"eval.metrics=[fid_released,clip_score]"',
     )
-    parser.add_argument("config", help="a YAML file such as cfg/demo.yml")
+    parser.add_argument("config", help="a YAML file such as cfg/demo.yml, or a run's folder")
     parser.add_argument(
-        "words", nargs="*", default=[], metavar="checkpoint|key=value", help="what to score; settings to override"
+        "words",
+        nargs="*",
+        default=[],
+        metavar="checkpoint|key=value",
+        help="what to score; settings to override; run=NAME: the newest checkpoint of a run",
     )
     parser.add_argument("--images", type=typed, metavar="DIR", help="score these pictures; captions in .txt beside")
     parser.add_argument("--against", type=typed, metavar="DIR", help="compare with these pictures, not the test split")
-    arguments = parser.parse_intermixed_args()
-    overrides = [word for word in arguments.words if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
-    checkpoints = [typed(word) for word in arguments.words if word not in overrides]
+    arguments, verbatim = commandline.parse(parser)
+
+    from ratlip import config
+
+    known = commandline.options(parser)
+    overrides, checkpoints = config.split_words(arguments.words, known, "checkpoint", os.path.exists)
+    checkpoints = [typed(word) for word in checkpoints + verbatim]
     if len(checkpoints) > 1:
         raise UserError(f"one checkpoint at a time, not {', '.join(map(str, checkpoints))}")
     if checkpoints and arguments.images:
@@ -44,8 +52,6 @@ def main() -> None:
     for folder in filter(None, (arguments.images, arguments.against)):
         if not folder.is_dir():
             raise UserError(f"no folder {full(folder)}")
-
-    from ratlip import config
 
     resolved = config.load(arguments.config, overrides)
     missing = evaluate(resolved, *checkpoints, images=arguments.images, against=arguments.against)
@@ -56,13 +62,11 @@ def evaluate(
     resolved: "EasyDict", checkpoint: Path | None = None, images: Path | None = None, against: Path | None = None
 ) -> list[str]:
     """Score, print the table, keep it in the logs; gives the metrics that could not be computed."""
-    from torch.utils.tensorboard import SummaryWriter  # takes seconds, like all below: mistakes above are told at once
-
-    from ratlip import build, distributed
+    from ratlip import build, distributed, runs  # takes seconds, like all below: mistakes above are told at once
     from ratlip import device as devices
     from ratlip.data.inventory import usable_items
     from ratlip.evaluation import Evaluator, Scorer, score_folder, scores_table
-    from ratlip.monitor import write_scores
+    from ratlip.monitor import Board, write_scores
     from ratlip.sampling import find_checkpoint, load_generator
 
     place = devices.choose(resolved.train.device, distributed.start())
@@ -89,12 +93,12 @@ def evaluate(
         scores, protocols = evaluator(generator), evaluator.protocols
 
     if distributed.rank() == 0:
-        folder = Path(resolved.log.dir) / resolved.name / time.strftime("test_%Y-%m-%d_%H-%M-%S")
-        with SummaryWriter(str(folder)) as board:
-            write_scores(folder, board, scores, {"scored": loaded}, protocols)
         print(f"\n{scores_table({'score': scores})}\n")
         for name, protocol in protocols.items():
             print(f"{name}: {protocol}")
+        # When all has been shown: logs that cannot be written cost no scores.
+        folder = runs.new_folder(Path(resolved.log.dir) / resolved.name, time.strftime(f"test_{runs.TIME}"))
+        write_scores(folder, Board(folder), scores, {"scored": loaded}, protocols)
         print(f"kept in {folder}")
     distributed.stop()
     return scorer.missing

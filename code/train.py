@@ -13,11 +13,13 @@ def main() -> None:
         prog="bash scripts/train.sh",
         description="Train a generator. Leaves checkpoints in saved_models/ and logs for TensorBoard in logs/.\n"
         "One process on the CPU or one GPU; torchrun over all GPUs where there are several (GPUS=1: over one).\n"
-        "Ctrl-C saves and leaves; bash scripts/resume.sh goes on.",
+        "Ctrl-C saves and leaves; bash scripts/resume.sh goes on. The word run=NAME names the run.",
         epilog="examples:\n  bash scripts/train.sh cfg/demo.yml\n"
         "  GPUS=2 bash scripts/train.sh cfg/bird.yml train.batch_size=128 train.seed=1",
     )
-    parser.add_argument("config", help="a YAML file such as cfg/demo.yml; cfg/default.yml explains every key")
+    parser.add_argument(
+        "config", help="a YAML file such as cfg/demo.yml, or a run's folder; cfg/default.yml explains every key"
+    )
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="settings stronger than the file's"
     )

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train: bash scripts/train.sh cfg/demo.yml [key=value ...]
+# Train: bash scripts/train.sh cfg/demo.yml [run=NAME] [key=value ...]
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")") # no cd: paths on the command line are the caller's
 case " $* " in *" -h "* | *" --help "* | "  ") exec python3 "$here/../code/train.py" "$@" ;; esac # help and usage need no environment
@@ -13,7 +13,8 @@ fi
 # goes to them alone (setsid keeps a terminal's Ctrl-C from torchrun).
 setsid python -c "$ratlip_torchrun" --standalone --nproc_per_node="$gpus" "$ratlip_root/code/train.py" "$@" &
 torchrun=$!
-trap 'pkill -TERM -P $torchrun' TERM HUP
+trap 'pkill -TERM -P $torchrun' TERM
+trap 'pkill -HUP -P $torchrun' HUP # not under nohup, where bash leaves it ignored
 trap 'pkill -USR1 -P $torchrun' USR1
 trap 'pkill -INT -P $torchrun' INT
 status=0

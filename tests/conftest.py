@@ -9,7 +9,7 @@ import clip.model
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, random_inception, released_weights, small_clip_model
+from helpers import ROOT, random_inception, released_weights, save_stated, small_clip_model
 from PIL import Image
 
 from ratlip.clip_towers import FrozenClip, load_clip
@@ -33,9 +33,9 @@ def vitb32() -> FrozenClip:
 
 @pytest.fixture(scope="session")
 def clip_file(tmp_path_factory) -> Path:
-    """A small CLIP's state dict, as clip.load opens it."""
+    """A small CLIP's state dict, as clip.load opens it; it states its activation."""
     path = tmp_path_factory.mktemp("clip") / "small.pt"
-    torch.save(small_clip_model().state_dict(), path)
+    save_stated(small_clip_model().state_dict(), path)
     return path
 
 

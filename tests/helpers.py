@@ -44,6 +44,12 @@ def small_clip_model(resolution: int = 64, patch: int = 16, width: int = 64, lay
     return clip.model.CLIP(64, resolution, layers, width, patch, 16, 49408, 64, 1, 2)
 
 
+def save_stated(weights: dict[str, torch.Tensor], path: Path, activation: str = "quick_gelu") -> None:
+    """Write a state dict that states its activation, as the demo's does."""
+    weights._metadata[""]["activation"] = activation
+    torch.save(weights, path)
+
+
 def relative_error(found: torch.Tensor, expected: torch.Tensor | np.ndarray) -> float:
     """Largest difference over the largest expected magnitude."""
     found, expected = found.detach(), torch.as_tensor(expected).detach().double()

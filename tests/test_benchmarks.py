@@ -200,6 +200,10 @@ def test_no_such_part():
 
 def test_the_command_measures_both():
     command = [sys.executable, "benchmarks/speed.py", "--what", "data", "--rounds", "1", "--threads", "1"]
+    command += ["--pictures", "30", "1200"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "plain" in result.stdout and "x by the clock" in result.stdout
+    listed = [line.split() for line in result.stdout.splitlines()[-2:]]
+    assert [cells[0] for cells in listed] == ["30", "1,200"]
+    assert all(float(seconds) >= 0 for cells in listed for seconds in cells[1:]) and len(listed[0]) == 7

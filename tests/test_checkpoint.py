@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ratlip import checkpoint
 from ratlip.errors import UserError
@@ -15,6 +16,18 @@ def test_round_trip(tmp_path):
     checkpoint.save({"a": torch.arange(3), "b": None}, path)
     assert torch.equal(checkpoint.read(path)["a"], torch.arange(3))
     assert [p.name for p in path.parent.iterdir()] == ["state.pth"]
+
+
+def test_safetensors_are_read_with_their_metadata(tmp_path):
+    save_file({"a": torch.arange(3), "b": torch.ones(2, dtype=torch.float16)}, tmp_path / "x.safetensors", {"c": "d"})
+    found = checkpoint.read(tmp_path / "x.safetensors")
+    assert torch.equal(found["a"], torch.arange(3)) and found["b"].dtype == torch.float16
+    assert found._metadata == {"": {"c": "d"}}
+    whole = (tmp_path / "x.safetensors").read_bytes()
+    for name, content in (("cut", whole[:-4]), ("empty", b""), ("text", b"hello, world, this is no such file")):
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name}\.safetensors is no checkpoint, or is cut short"):
+            checkpoint.read(tmp_path / f"{name}.safetensors")
 
 
 def test_a_failed_write_leaves_the_older_file(tmp_path):

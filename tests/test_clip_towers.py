@@ -1,12 +1,28 @@
 """The frozen CLIP towers against the released systems' numbers and OpenAI's own forward pass."""
 
+import hashlib
+
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import fixture_input, relative_error, small_clip_model
+from helpers import TINY_RUN, assert_refused, fixture_input, relative_error, run, save_stated, small_clip_model
+from safetensors.torch import save_file
 
-from ratlip.clip_towers import MEAN, STD, FrozenClip, default_feature_blocks, default_prompt_blocks, load_clip
+from ratlip import checkpoint
+from ratlip.clip_towers import (
+    MEAN,
+    STD,
+    FrozenClip,
+    default_feature_blocks,
+    default_prompt_blocks,
+    load_clip,
+    require_same,
+    trained_with,
+)
+from ratlip.clips.files import filled
+from ratlip.data import captions
 from ratlip.errors import UserError
+from ratlip.metrics.features import ClipSpace
 
 CAPTIONS = (
     "this bird has a grey body color with a few patches of brown on its crown and coverts",
@@ -130,3 +146,104 @@ def test_files_that_are_not_a_clip_are_named(tmp_path):
 def test_impossible_blocks_are_refused(clip_file, blocks):
     with pytest.raises(UserError, match="clip.feature_blocks"):
         load_clip(str(clip_file), feature_blocks=blocks)
+
+
+@pytest.fixture(scope="module")
+def trained(demo_folder, clip_file, tmp_path_factory):
+    """Words of a small run, after it; its checkpoint; and another CLIP of the same shapes."""
+    folder = tmp_path_factory.mktemp("trained")
+    places = (f"log.dir={folder}/logs", f"log.save_dir={folder}/saved", f"data.dir={demo_folder}")
+    words = ["cfg/demo.yml", *TINY_RUN, *places, "data.layout=folder", "model.imsize=16", "eval.metrics=[clip_score]"]
+    result = run("train.py", *words, f"clip.weights={clip_file}")
+    assert result.returncode == 0, result.stderr
+    (state,) = folder.glob("saved/demo/*/state_epoch_001.pth")
+    weights = small_clip_model().state_dict()
+    weights["text_projection"] += 0.1
+    save_stated(weights, folder / "other.pt")
+    return words, state, folder / "other.pt"
+
+
+def test_a_checkpoint_knows_its_clip(trained, clip_file, tmp_path, call):
+    """Another CLIP of the same shapes is refused wherever a checkpoint is used, unless it is insisted on."""
+    words, state, other = trained
+    weights = load_clip(str(clip_file)).clip.state_dict()
+    save_file({key: value.contiguous() for key, value in weights.items()}, tmp_path / "same.safetensors",
+              {"activation": "quick_gelu"})  # fmt: skip
+    uses = {
+        "sample.py": [words[0], "a red bird", "--checkpoint", state, "--n", 1, "--out", tmp_path],
+        "test.py": [*words, state],
+        "train.py": [*words, "train.resume=auto", "train.max_epoch=2"],
+    }
+    for script, use in uses.items():
+        assert_refused(call(script, *use, f"clip.weights={other}"), "another CLIP (checksum ", "clip.insist=true")
+        same = call(script, *use, f"clip.weights={tmp_path}/same.safetensors")
+        assert same.returncode == 0 and "another CLIP" not in same.stdout, same.stderr
+        insisted = call(script, *use, "train.max_epoch=3", f"clip.weights={other}", "clip.insist=true")
+        assert insisted.returncode == 0 and "as clip.insist says (checksum " in insisted.stdout, insisted.stderr
+    stored = checkpoint.read(state.with_name("state_epoch_003.pth"))["clip"]
+    assert stored == load_clip(str(other)).identity  # what it goes on with from there
+
+
+def test_what_is_said_of_another_clip(small_clip, clip_file):
+    then = small_clip.identity
+    assert require_same(small_clip, then, "it", insist=False) == ""
+    for key, value in (("activation", "gelu"), ("mean", [0.5] * 3), ("heads", [2, 1]), ("resize", "bilinear")):
+        with pytest.raises(UserError, match=rf"it was trained with another CLIP \({key} "):
+            require_same(small_clip, {**then, key: value}, "it", insist=False)
+        assert key in require_same(small_clip, {**then, key: value}, "it", insist=True)
+    with pytest.raises(UserError, match="it was trained with a CLIP of embedding 32"):
+        require_same(small_clip, {**then, "embedding": 32}, "it", insist=True)
+
+
+def test_checkpoints_of_before_know_shapes(small_clip, clip_file):
+    """Those computed with OpenAI's activation and normalisation, where the CLIP came by clip.source=openai."""
+    before = {"clip": small_clip.shape, "config": {"clip.source": "openai"}}
+    said = require_same(small_clip, trained_with(before), "it", insist=False)
+    assert "only shapes could be compared" in said
+    bare = dict(torch.load(clip_file, weights_only=True))
+    gelu = FrozenClip(filled(bare, "gelu"))
+    with pytest.raises(UserError, match=r"another CLIP \(activation quick_gelu, here gelu\)"):
+        require_same(gelu, trained_with(before), "it", insist=False)
+    unknown = {**before, "config": {"clip.source": "open_clip"}}
+    assert "only shapes" in require_same(gelu, trained_with(unknown), "it", insist=False)
+    with pytest.raises(UserError, match=r"mean \[0\.481455, .*here \[0\.5"):
+        require_same(FrozenClip(filled(bare, "gelu"), mean=[0.5] * 3), trained_with(unknown), "it", insist=False)
+
+
+def test_the_shipped_checkpoint_knows_the_shipped_clip():
+    found = load_clip("assets/demo/clip.pt").identity
+    assert checkpoint.read("assets/demo/generator.pth")["clip"] == found and len(found["checksum"]) == 64
+    import clip
+
+    assert clip.load("assets/demo/clip.pt", device="cpu", jit=False)[0].visual.input_resolution == 64
+
+
+def test_caches_tell_activation_and_normalisation_apart(clip_file, tmp_path):
+    """OpenAI's keep the names that they had; all others have their own."""
+    bare = dict(torch.load(clip_file, weights_only=True))
+    clips = {
+        "openai": FrozenClip(filled(bare, "quick_gelu")),
+        "gelu": FrozenClip(filled(bare, "gelu")),
+        "mean": FrozenClip(filled(bare, "quick_gelu"), mean=[0.5] * 3),
+        "bilinear": FrozenClip(filled(bare, "quick_gelu"), resize="bilinear"),
+        "heads": FrozenClip(filled(bare, "quick_gelu", (2, 2))),
+    }
+    spaces = {name: ClipSpace(None, clip) for name, clip in clips.items()}
+    assert len({space.statistics for space in spaces.values()}) == len({s.protocol for s in spaces.values()}) == 5
+    digest = hashlib.sha256()
+    for weight in clips["openai"].clip.visual.state_dict().values():
+        digest.update(weight.numpy().tobytes())
+    assert spaces["openai"].statistics == f"fd_clip-standard-{digest.hexdigest()[:8]}"
+    assert spaces["openai"].protocol == "CLIP image embedding, standard input"
+    assert "activation gelu" in spaces["gelu"].protocol and "mean [0.5, 0.5, 0.5]" in spaces["mean"].protocol
+
+    table, files = captions.CaptionTable([["a red bird"]]), []
+    for name, clip in clips.items():
+        captions.embed(table, clip, tmp_path / name)
+        files += [path.name for path in (tmp_path / name).glob("captions_*.pt")]
+    assert len(files) == 5 and len(set(files)) == 3  # only activation and heads are the text tower's
+    text = hashlib.sha256(b"a red bird")
+    for key, weight in clips["openai"].clip.state_dict().items():
+        if not key.startswith("visual."):
+            text.update(weight.numpy().tobytes())
+    assert files[0] == f"captions_{text.hexdigest()[:16]}.pt"

@@ -41,7 +41,7 @@ def test_both_files_draw_the_same_picture(converted, vitb32, tmp_path, call):
     # The converted one is found as the newest of its configuration.
     for words in (["--checkpoint", source], [f"log.save_dir={tmp_path}/saved"]):
         result = call("sample.py", "cfg/bird.yml", "a grey bird", f"clip.weights={tmp_path}/vit.pt", *words,
-                      "--n", 1, "--out", tmp_path / "out")  # fmt: skip
+                      "clip.activation=quick_gelu", "--n", 1, "--out", tmp_path / "out")  # fmt: skip
         assert result.returncode == 0, result.stderr
         assert ("released RATLIP, epoch 580, nf 64" if not pictures else f"{target}: ratlip, epoch") in result.stdout
         (path,) = (tmp_path / "out").glob("01_a-grey-bird_*.png")
@@ -55,7 +55,8 @@ def test_both_files_draw_the_same_picture(converted, vitb32, tmp_path, call):
 def test_training_can_go_on_from_it(converted, vitb32, fixtures):
     _, printed, target = converted
     content = checkpoint.read(target)
-    assert (content["epoch"], content["format"], content["clip"]) == (580, checkpoint.FORMAT, vitb32.shape)
+    assert (content["epoch"], content["format"], content["clip"]["width"]) == (580, checkpoint.FORMAT, vitb32.width)
+    assert content["clip"] == {key: value for key, value in vitb32.identity.items() if key != "checksum"}
     # The printed words make the network that is stored.
     words = printed.splitlines()[-1].removeprefix("to train on, set ").split()
     again = config.load("cfg/bird.yml", words)

@@ -236,6 +236,7 @@ POISONED = """
 import sys
 import torch
 from ratlip import config, distributed
+from ratlip.data.loader import to_floats
 from ratlip.trainer import prepare, train_step
 
 training, batches, loader, _ = prepare(config.load(sys.argv[1], sys.argv[2:]))
@@ -244,6 +245,7 @@ networks = training.generator, training.discriminator, training.ema
 for number, batch in enumerate(loader):
     before = [value.clone() for network in networks for value in network.state_dict().values()]
     if number == 1 and distributed.rank() == 1:
+        batch = batch._replace(images=to_floats(batch.images))
         batch.images[0, 0, 5, 5] = torch.nan
     train_step(training, batch)
     after = [value for network in networks for value in network.state_dict().values()]
@@ -310,3 +312,46 @@ def test_a_killed_process_takes_the_run_down_and_the_run_resumes(words, tmp_path
     epoch = checkpoint.read(newest)["epoch"]
     finished(script("resume", [*long, f"train.max_epoch={epoch + 1}"], 2))
     assert checkpoint.read(run_folder / f"state_epoch_{epoch + 1:03}.pth")["step"] == 3 * (epoch + 1)
+
+
+FAILS = """
+import os, runpy, sys
+from ratlip import course
+
+real = course.sample_grid
+
+
+def grid(t, evaluator):
+    if t.step == 3 and os.environ["RANK"] == "1":
+        raise course.UserError("a grid failed on one process")
+    return real(t, evaluator)
+
+
+course.sample_grid = grid
+runpy.run_path("code/train.py", run_name="__main__")
+"""
+
+
+def test_what_fails_on_one_process_ends_both_saved(words, tmp_path):
+    """While the other is at the evaluation, whose sums wait for both."""
+    (tmp_path / "fails.py").write_text(FAILS)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "code")}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    found = subprocess.run(
+        [*torchrun, tmp_path / "fails.py", *words(tmp_path)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert found.returncode == 1
+    assert "stopped by process 1: a grid failed on one process; saved as" in found.stdout, found.stderr
+    assert "error: a grid failed on one process; saved as" in found.stderr
+    assert state(tmp_path, "state_epoch_000_step_*.pth")["step"] == 3
+
+
+def test_a_hangup_reaches_both_processes(words, tmp_path):
+    process = script("train", words(tmp_path, "train.max_epoch=400", "log.test_interval=400"), 2)
+    while not list(tmp_path.glob("logs/demo/*/grids/epoch_0001.png")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGHUP)
+    assert "stopped by SIGHUP and saved" in finished(process)
+    assert state(tmp_path, "state_epoch_*_step_*.pth")["step"] >= 3

@@ -27,10 +27,12 @@ ELSEWHERE = {
     r"bash scripts/prepare\.sh cfg/bird\.yml .*": "tests/test_preparation.py::test_the_table_and_the_cache",
     r"(GPUS=2 )?bash scripts/train\.sh cfg/bird\.yml": "tests/test_distributed.py::test_two_processes_train_as_one",
     r"bash scripts/resume\.sh cfg/bird\.yml": "tests/test_distributed.py::test_two_processes_stop_together_and_resume",
+    r"bash scripts/resume\.sh saved_models/bird/\S+": "tests/test_runs.py::test_the_printed_command_goes_on",
     r"bash scripts/resume\.sh cfg/bird\.yml state_epoch=120": "tests/test_resume.py::test_resuming_picks_an_epoch",
     r"sbatch scripts/slurm\.sbatch cfg/bird\.yml": "tests/test_scripts.py::test_all_scripts_parse",
     r"bash scripts/test\.sh cfg/bird\.yml": "tests/test_evaluation.py::test_statistics_are_made_once",
     r"bash scripts/test\.sh cfg/\w+\.yml \S+\.pth .*": "tests/test_evaluation.py::test_a_released_checkpoint_is_scored",
+    r"bash scripts/sample\.sh cfg/bird\.yml --captions .*": "tests/test_sampling.py::test_captions_from_a_file",
     r"bash scripts/test\.sh .* --images .*": "tests/test_evaluation.py::test_folders_score_as_torch_fidelity_says",
     r"python code/convert\.py .*": "tests/test_convert.py::test_both_files_draw_the_same_picture",
 }
@@ -100,7 +102,7 @@ def test_the_readmes_commands_run_in_order(tmp_path, clip_file):
             ["bash", "-c", whole], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
         )
         assert result.returncode == 0, (whole, result.stdout, result.stderr)
-    assert (tmp_path / "samples/grid.png").is_file()
+    assert (tmp_path / "samples/demo_overview.png").is_file() and (tmp_path / "samples/mine").is_dir()
 
 
 def test_links_lead_somewhere():

@@ -187,14 +187,15 @@ def test_a_released_checkpoint_is_scored(vitb32, words, tmp_path):
     torch.save({"model": {"netG": released_weights("galip.netG")}, "epoch": 3}, tmp_path / "galip.pth")
     torch.save({key: value.half() for key, value in vitb32.clip.state_dict().items()}, tmp_path / "vit.pt")
     result = run("test.py", *words, tmp_path / "galip.pth", f"clip.weights={tmp_path}/vit.pt", "eval.samples=2",
-                 "clip.feature_blocks=null", "eval.metrics=[clip_score]", environment=OFFLINE)  # fmt: skip
+                 "clip.activation=quick_gelu", "clip.feature_blocks=null", "eval.metrics=[clip_score]",
+                 environment=OFFLINE)  # fmt: skip
     found = scores(result, tmp_path / "logs")
     assert "released GALIP, epoch 3" in found["scored"] and "galip.pth" in result.stdout
     assert "released input" in found["protocols"]["clip_score"]
     assert "it draws 224 px" in result.stdout and found["images"] == 2
 
 
-def test_pictures_as_met(words, folders, tmp_path):
+def test_pictures_as_met(words, folders, tmp_path, call):
     """Several sizes and formats below one folder; no captions; the test split as the reference."""
     folder = tmp_path / "pictures"
     (folder / "deeper").mkdir(parents=True)
@@ -203,13 +204,24 @@ def test_pictures_as_met(words, folders, tmp_path):
         size = (40 + 10 * (number % 3), 50, 3)
         name = f"deeper/{number}.jpg" if number % 2 else f"{number}.png"
         Image.fromarray(rng.integers(0, 256, size, np.uint8)).save(folder / name)
-    result = run("test.py", *words, "--images", folder, environment=OFFLINE)
+    result = call("test.py", *words, "--images", folder)
     found = scores(result, tmp_path / "logs")
     assert found["images"] == 9 and np.isfinite(found["fd_clip"])
     assert "clip_score" not in found and "caption_accuracy" not in found
 
-    (folder / "0.txt").write_text("a small red star at the top on a white background")
-    assert_refused(run("test.py", *words, "--images", folder, environment=OFFLINE), "2.txt", "no such caption file")
+    long = "a small red star at the top on a white background " * 4
+    for number in range(9):
+        (folder / f"{'deeper/' * (number % 2)}{number}.txt").write_text(long if number == 4 else "a small red star")
+    again = call("test.py", *words, f"log.dir={tmp_path}/captioned", "--images", folder)
+    found = scores(again, tmp_path / "captioned")
+    assert found["clip_score"] > 0 and "caption_accuracy" not in found
+    assert "without caption_accuracy: no position found in caption 'a small red star'" in again.stdout
+    alone = call("test.py", *words, "--images", folder, "eval.metrics=[caption_accuracy]")
+    assert_refused(alone, "no position found", "demo data set only")
+    assert f"1 of 9 captions of {folder} are longer than the 32 tokens" in again.stdout
+
+    (folder / "2.txt").unlink()
+    assert_refused(call("test.py", *words, "--images", folder), "2.txt", "no such caption file")
 
 
 @pytest.mark.parametrize(
@@ -220,6 +232,11 @@ def test_pictures_as_met(words, folders, tmp_path):
         (["--images", "nowhere"], ["no folder", "/nowhere"]),
         (["--images", "scripts"], ["scripts: no pictures"]),
         (["a.pth", "--images", "assets"], ["a.pth", "assets"]),
+        (["lr=3.pth"], ["unknown key 'lr'", "checkpoint", "after --"]),
+        (["images=scripts"], ["the option --images scripts"]),
+        (["--imags", "scripts"], ["unknown option '--imags'", "--images?"]),
+        (["runs/lr=3/best.pth"], ["no checkpoint runs/lr=3/best.pth"]),
+        (["--", "lr=3.pth"], ["no checkpoint lr=3.pth"]),
         (["eval.metrics=[fid,fids]"], ["eval.metrics", "fids", "fid_released"]),
         (["eval.samples=1"], ["at least 2"]),
         (["eval.metric=[fid]"], ["'eval.metric'", "did you mean 'eval.metrics'"]),
@@ -227,8 +244,15 @@ def test_pictures_as_met(words, folders, tmp_path):
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )
-def test_mistakes_end_in_one_line(words, arguments, parts):
-    assert_refused(run("test.py", *words, *arguments, environment=OFFLINE), *parts)
+def test_mistakes_end_in_one_line(words, arguments, parts, call):
+    assert_refused(call("test.py", *words, *arguments), *parts)
+
+
+def test_a_checkpoints_name_may_hold_an_equals_sign(words, tmp_path, call):
+    shutil.copy(ROOT / "assets/demo/generator.pth", tmp_path / "lr=3.pth")
+    for logs, path in (("a", tmp_path / "lr=3.pth"), ("b", os.path.relpath(tmp_path / "lr=3.pth", ROOT))):
+        few = ("eval.samples=2", "eval.metrics=[clip_score]", f"log.dir={tmp_path}/{logs}")
+        assert scores(call("test.py", *words, path, *few), tmp_path / logs)["scored"].startswith(str(path))
 
 
 def test_a_folder_against_itself(words, folders, tmp_path):

@@ -34,7 +34,7 @@ TRIED = {
     "a layout that is not there": ("train.py cfg/demo.yml data.layout=cub", "one of demo, bird", "'cub'"),
     "no data yet": ("train.py cfg/bird.yml data.dir=nowhere/birds", f"no folder {ROOT}/nowhere/birds", "README.md"),
     "no data yet, checking it": ("prepare.py cfg/bird.yml data.dir=nowhere/birds", f"no folder {ROOT}/nowhere/birds"),
-    "a folder without pictures": ("train.py cfg/demo.yml data.layout=folder data.dir=docs", "docs/images: no pictures"),
+    "a folder without pictures": ("train.py cfg/demo.yml data.layout=folder data.dir=cfg", "cfg/images: no pictures"),
     "no GPU": ("train.py cfg/demo.yml {small} train.device=cuda", "sees no GPU", "use cpu or auto"),
     "no GPU to sample on": (f"sample.py cfg/demo.yml|{CAPTION}|--device cuda", "sees no GPU"),
     "no CLIP at that path": ("train.py cfg/demo.yml {small} clip.weights=ViT-B-32.pt", "no file 'ViT-B-32.pt'"),

@@ -84,7 +84,7 @@ def test_braces_of_shards_and_architectures_of_open_clip(elsewhere):
     assert loaded.clip.weights == f"ViT-B-32:{base}/home/b.pt"
     word = config.load("mine.yml", ["clip.weights=ViT-B-32:own/b.safetensors", "data.dir={0..3}.tar"])
     assert (word.clip.weights, word.data.dir) == ("ViT-B-32:own/b.safetensors", "{0..3}.tar")
-    assert config.kept(word)["clip.weights"] == f"ViT-B-32:{elsewhere}/own/b.safetensors"
+    assert config.settings_of(word)["clip.weights"] == f"ViT-B-32:{elsewhere}/own/b.safetensors"
 
 
 @pytest.mark.parametrize("name", ["~", "007", "2024-05-01", "no", "1_000"])
@@ -133,15 +133,16 @@ def test_what_a_run_keeps_means_the_same_from_any_folder(elsewhere, monkeypatch)
     (elsewhere / "mine.yml").write_text("data:\n  dir: data/birds\n")
     first = config.load("mine.yml", ["log.dir=logs", f"log.save_dir={ROOT}/saved", "clip.weights=../c.pt"])
     assert (first.log.dir, first.data.dir) == ("logs", f"{ROOT}/data/birds")
-    kept = config.kept(first)
+    kept = config.settings_of(first)
     assert kept["data.dir"] == "data/birds" and kept["log.save_dir"] == "saved"
     assert kept["log.dir"] == f"{elsewhere}/logs" and kept["clip.weights"] == f"{elsewhere.parent}/c.pt"
     (elsewhere / "mine.yml").write_text(config.dump(first))
     for folder in (ROOT, ROOT / "cfg", elsewhere.parent):
         monkeypatch.chdir(folder)
         again = config.load(elsewhere / "mine.yml")
-        assert config.kept(again) == kept
-        assert config.unflatten(config.from_kept(kept)) == {k: v for k, v in again.items() if k != "name"}
+        assert config.settings_of(again) == kept
+        tree = config.unflatten(config.from_kept(kept))
+        assert tree == {group: again[group] for group in tree}
         assert again.data.dir == ("data/birds" if folder == ROOT else f"{ROOT}/data/birds")
 
 

@@ -1,10 +1,15 @@
-"""Rounding to 8 bits; captioned grids, their size and captions that are never cut; filmstrip and curves."""
+"""Rounding to 8 bits; captioned grids, their size, captions that are never cut, any script; filmstrip and curves."""
+
+import unicodedata
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from PIL import Image, features
 
+from ratlip import lettering
 from ratlip.pictures import MIN_CELL, TITLE_WIDTH, captioned_grid, curves, filmstrip, save_pictures, to_pictures
 
 SHORT = "a photo"
@@ -103,10 +108,119 @@ def test_a_row_is_as_tall_as_its_longest_caption_needs():
     assert np.array_equal(ink(mixed)[tall.height :, : tall.width], ink(short))
 
 
+HAN = "黄色背景左上角有一个小小的蓝色心形非常好看"
+ARABIC, HEBREW = "قلب أزرق صغير في أعلى اليسار", "לב כחול קטן בפינה"
+
+
+@pytest.fixture
+def fonts(tmp_path, monkeypatch):
+    """fonts(*texts): makes this machine's fonts one for each text, all of whose letters are black boxes in it."""
+
+    def fonts(*texts: str) -> None:
+        paths = []
+        for text in texts:
+            names = [".notdef", *(f"u{ord(letter):04X}" for letter in text)]
+            pen = TTGlyphPen(None)
+            for place, point in enumerate(((100, 0), (100, 800), (900, 800), (900, 0))):
+                (pen.lineTo if place else pen.moveTo)(point)
+            pen.closePath()
+            builder, box = FontBuilder(1000, isTTF=True), pen.glyph()
+            builder.setupGlyphOrder(names)
+            builder.setupCharacterMap({ord(letter): name for letter, name in zip(text, names[1:], strict=True)})
+            builder.setupGlyf(dict.fromkeys(names, box))
+            builder.setupHorizontalMetrics(dict.fromkeys(names, (1000, 100)))
+            builder.setupHorizontalHeader(ascent=900, descent=-200)
+            builder.setupNameTable({"familyName": "Boxes", "styleName": "Regular"})
+            builder.setupPost()
+            paths.append(str(tmp_path / f"{len(paths)}-Regular.ttf"))
+            builder.save(paths[-1])
+        (tmp_path / "damaged.ttf").write_text("no font")
+        found = [str(tmp_path / "damaged.ttf"), *paths]
+        monkeypatch.setattr(lettering.font_manager, "findSystemFonts", lambda: found)
+        forget()
+
+    def forget() -> None:
+        lettering.told.clear()
+        lettering._coverage.cache_clear()
+        lettering._font_of.cache_clear()
+
+    yield fonts
+    monkeypatch.undo()
+    forget()
+
+
+def test_a_font_is_looked_up_for_each_script(fonts, capsys):
+    """Boxes of 9.6 x 9.6 pixels for the letters that only the machine's fonts have, the other letters as ever."""
+    fonts("".join(dict.fromkeys(HAN)), "ሰላም")
+    han, amharic = ink(captioned_grid(white(1), ["黄色"], 1)), ink(captioned_grid(white(1), ["ሰላ"], 1))
+    assert han.sum() == pytest.approx(2 * 9.6**2, rel=0.15) and np.array_equal(han, amharic)
+    mixed = ink(captioned_grid(white(1), ["heart 黄色"], 1))
+    plain = ink(captioned_grid(white(1), ["heart"], 1))
+    assert mixed.sum() == pytest.approx(han.sum() + plain.sum(), rel=0.05)
+    assert capsys.readouterr().out == ""
+
+
+def test_what_no_font_has_is_said_once(fonts, capsys):
+    fonts("ሰላም")
+    for _ in range(2):
+        assert ink(captioned_grid(white(2), [HAN, "한국어 ሰላም"], 2)).sum() > 100  # boxes
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and all("apt-get install fonts-noto-cjk" in line for line in said)
+    assert "CJK characters such as '黄色背景左'" in said[0] and "HANGUL" in said[1]
+
+
+def test_han_is_wrapped_between_characters_and_never_cut(fonts):
+    """12-pixel characters below a picture of 128: ten in a line, though there is no space."""
+    fonts("".join(dict.fromkeys(HAN)) + "。")
+    assert [len(line.runs[0][0]) for line in lettering.wrap(HAN, 128)] == [10, 10, 1]
+    assert [len(line.runs[0][0]) for line in lettering.wrap(HAN[:10] + "。" + HAN, 128)][:2] == [9, 10]  # not before 。
+    grid = ink(captioned_grid(white(1), [HAN * 3], 1))
+    assert not grid[:, -2:].any() and not grid[:, :1].any() and not grid[-2:].any()
+    assert grid.sum() == pytest.approx(len(HAN) * 3 * 9.6**2, rel=0.15)
+
+
+def test_marks_stay_with_their_letters():
+    for word in ("e\u0301" * 40, "\u05d1\u05bc" * 60):  # é and a Hebrew letter with its dot, as two characters each
+        for line in lettering.wrap(word, 128):
+            assert unicodedata.category(line.runs[0][0][0])[0] == "L" and len(line.runs[0][0]) % 2 == 0
+
+
+@pytest.mark.skipif(not features.check("raqm"), reason="Pillow has no Raqm here, and lettering says so")
+@pytest.mark.parametrize("text", [ARABIC, HEBREW])
+def test_right_to_left_is_drawn_right_to_left(text):
+    """The first word of the line stands at its right end; Arabic letters are joined, so that a word is narrower."""
+    words = text.split()[:2]
+    line = ink(captioned_grid(white(1, 256), [" ".join(words)], 1))
+    last = ink(captioned_grid(white(1, 256), [words[1]], 1))
+    width = np.flatnonzero(last.any(axis=0)).max()
+    assert np.array_equal(line[:, :width], last[:, :width]) and line[:, width + 2 :].any()
+    if text is ARABIC:
+        apart = sum(lettering.wrap(letter, 256)[0].runs[0][1].getlength(letter) for letter in words[0])
+        assert lettering.width_of(words[0]) < 0.9 * apart
+
+
+def test_right_to_left_across_fonts(fonts):
+    """A line that begins from right to left has its runs of other fonts left of their predecessors."""
+    fonts("黄")
+    (line,) = lettering.wrap(f"{HEBREW.split()[0]} 黄", 256)
+    assert [run.strip() for run, _ in line.runs] == ["黄", HEBREW.split()[0]]
+
+
+def test_without_fribidi_it_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr(lettering.features, "check", lambda name: False)
+    lettering.told.discard("raqm")
+    for text in (SHORT, HEBREW, ARABIC):
+        lettering.wrap(text, 128)
+    assert capsys.readouterr().out.count("libfribidi0") == 1
+    lettering.told.discard("raqm")
+
+
 def test_saved_pictures_are_the_tensors(tmp_path):
     images = torch.rand(2, 3, 8, 8) * 2 - 1
-    paths = save_pictures(images, tmp_path / "new" / "folder", "bird")
+    paths = save_pictures(images, tmp_path / "new" / "folder", "bird", "a bird, größer")
     assert [path.name for path in paths] == ["bird_0.png", "bird_1.png"]
+    assert [path.with_suffix(".txt").read_text("utf-8") for path in paths] == ["a bird, größer\n"] * 2
+    assert len(list(paths[0].parent.iterdir())) == 4
     for path, picture in zip(paths, to_pictures(images), strict=True):
         assert np.array_equal(np.asarray(Image.open(path)), np.asarray(picture))
 

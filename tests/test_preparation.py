@@ -94,6 +94,31 @@ def test_the_table_and_the_cache(tmp_path, words, call):
     assert {Path(name).suffix for name in kept(root)} == {".jsonl", ".pt"} and len(kept(root)) == 4
 
 
+def test_captions_that_are_cut_are_counted_and_named(tmp_path, words, call):
+    """16 tokens, of which two mark the ends: 14 words are read whole, 15 are not. Also of caches made before."""
+    root = build(tmp_path / "data")
+    write(root / "text/train/3.txt", f"one\n{'a ' * 14}\n{'b ' * 15}\n")
+    write(root / "text/test/1.txt", f"{'c' * 500}\n")
+    older = None
+    for _ in range(3):
+        result = call("prepare.py", *words(root))
+        assert result.returncode == 0, result.stderr
+        named = [line for line in result.stdout.splitlines() if line.startswith("cut caption  ")]
+        assert named[0] == f"cut caption  train/3: {('b ' * 15).strip()!r}" and len(named) == 2
+        assert named[1].startswith("cut caption  test/1: 'ccc")
+        assert "1 of 13 (train), 1 of 7 (test): longer than the 16 tokens" in result.stdout
+        if older is None:
+            older = [path for path in (root / "cache").glob("captions_*.pt")]
+            for path in older:
+                content = checkpoint.read(path)
+                del content["cut"]
+                checkpoint.save(content, path)
+    trained = call("train.py", *words(root))
+    assert trained.returncode == 0, trained.stderr
+    assert "1 of 13 training captions are longer than the 16 tokens" in trained.stdout and "'b b b" in trained.stdout
+    assert "1 of 7 test captions are longer" in trained.stdout
+
+
 def test_a_second_run_does_nothing_and_training_reads_what_it_left(tmp_path, words, call):
     root = build(tmp_path / "data")
     assert call("prepare.py", *words(root), "--resize").returncode == 0

@@ -3,8 +3,8 @@
 import json
 import os
 import random
+import re
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
@@ -71,13 +71,13 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def assert_same(one: object, other: object, place: str = "") -> None:
-    """Equal to the last bit, tensors included; not the settings that say how often, and times."""
+    """Equal to the last bit, tensors included; not the settings that say how often, times, and whose it is."""
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other), place
     elif isinstance(one, dict):
         assert one.keys() == other.keys(), place
         for key in one:
-            if "second" not in str(key) and key != "config":
+            if "second" not in str(key) and key not in ("config", "run", "saved"):
                 assert_same(one[key], other[key], f"{place}.{key}")
     elif isinstance(one, list):
         assert len(one) == len(other), place
@@ -136,8 +136,9 @@ def test_signals_save_and_leave(words, whole, tmp_path, number):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert f"stopped by {number.name} and saved" in output
-    assert f"bash scripts/resume.sh {shlex.join(words(tmp_path))}\n" in output  # with the same words
-    result = run("train.py", *words(tmp_path), "train.resume=auto")
+    printed = re.search(r"bash scripts/resume.sh (.+)\n", output)[1]
+    assert printed == str(only(tmp_path, "saved"))  # needs no word of the first command
+    result = run("train.py", printed, "train.resume=auto")
     assert result.returncode == 0, result.stderr
     assert_same(last_state(tmp_path), last_state(whole))
     assert metrics(tmp_path) == metrics(whole)
@@ -221,31 +222,61 @@ def test_resuming_picks_an_epoch_and_checks_the_configuration(words, whole, tmp_
     assert_refused(run("train.py", *words(tmp_path), f"train.resume={path}"), "other.pth is not a checkpoint of this")
 
 
-def test_a_path_begins_a_new_run_and_an_epoch_goes_on(words, whole, tmp_path):
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_path_and_an_earlier_epoch_begin_new_runs_and_touch_nothing_of_the_old(words, whole, tmp_path, call):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    path = only(tmp_path, "saved") / "state_epoch_003.pth"
-    more = ("train.max_epoch=4", "train.max_hours=1e-9")
-    assert run("train.py", *words(tmp_path), f"train.resume={path}", *more).returncode == 0
-    runs = sorted(path.parents[1].iterdir())
-    assert len(runs) == 2
-    (state,) = runs[1].glob("state*.pth")
+    old, before = only(tmp_path, "saved"), content(tmp_path)
+    result = call("train.py", *words(tmp_path), f"train.resume={old}/state_epoch_003.pth", "train.max_hours=1e-9")
+    assert result.returncode == 0, result.stderr
+    (other,) = set(old.parent.iterdir()) - {old}
+    (state,) = other.glob("state*.pth")
     assert checkpoint.read(state)["step"] == 1
     for kind in ("saved", "logs"):
-        shutil.rmtree(tmp_path / kind / "demo" / runs[1].name)
-    result = run("train.py", *words(tmp_path), "train.resume=3")
-    assert result.returncode == 0 and "(epoch 3, step 9)" in result.stdout, result.stderr
-    assert_undisturbed(tmp_path, whole)
+        shutil.rmtree(tmp_path / kind / "demo" / other.name)
+    # Back to an epoch: what follows is what the old run had, in a folder of its own.
+    result = call("train.py", *words(tmp_path), "state_epoch=2", "train.max_hours=1e-9")
+    assert result.returncode == 0, result.stderr
+    assert f"{old} has gone further than epoch 2 and stays as it is: a new run begins there" in result.stdout
+    (new,) = set(old.parent.iterdir()) - {old}
+    record = json.loads((new / "run.json").read_text())
+    assert (record["origin"]["epoch"], record["origin"]["run"]) == (2, json.loads(before_record(before))["id"])
+    result = call("train.py", new, "train.resume=auto")
+    assert result.returncode == 0 and "(epoch 2, step 7)" in result.stdout, result.stderr
+    assert_same(checkpoint.read(new / f"state_epoch_{EPOCHS:03}.pth"), last_state(whole))
+    lines = (tmp_path / "logs" / "demo" / new.name / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [3, 4]
+    after = content(tmp_path)
+    assert {name: after[name] for name in before} == before
+    # The furthest goes on in its own run.
+    result = call("train.py", old, f"state_epoch={EPOCHS}", f"train.max_epoch={EPOCHS + 1}")
+    assert result.returncode == 0 and (old / f"state_epoch_{EPOCHS + 1:03}.pth").is_file(), result.stderr
+    assert len(list(old.parent.iterdir())) == 2
+
+
+def before_record(files: dict[str, bytes]) -> bytes:
+    """run.json of the one run among these files."""
+    return next(text for name, text in files.items() if name.startswith("saved") and name.endswith("run.json"))
 
 
 def test_a_process_that_torchrun_starts_again_goes_on(words, whole, tmp_path):
-    """Whatever the command line began the run with."""
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    path = only(tmp_path, "saved") / "state_epoch_001.pth"
-    (path.parent / f"state_epoch_{EPOCHS:03}.pth").unlink()
-    again = {"TORCHELASTIC_RESTART_COUNT": "1"}
-    result = run("train.py", *words(tmp_path), f"train.resume={path}", environment=again)
-    assert result.returncode == 0 and "(epoch 3, step 9)" in result.stdout, result.stderr
-    assert_same(last_state(tmp_path), last_state(whole))
+    """With the run that it began, whatever the command line began that with, and no other."""
+    start_of = {"TORCHELASTIC_RUN_ID": "mine", "TORCHELASTIC_RESTART_COUNT": "0"}
+    path = only(whole, "saved") / "state_epoch_001.pth"
+    begun = [*words(tmp_path), f"train.resume={path}"]
+    assert run("train.py", *begun, "train.max_hours=1e-9", environment=start_of).returncode == 0
+    mine = only(tmp_path, "saved")
+    shutil.copytree(only(whole, "saved"), mine.with_name("newer"))  # saved later, by another start
+    record = json.loads((mine.with_name("newer") / "run.json").read_text()) | {"launched": time.time()}
+    (mine.with_name("newer") / "run.json").write_text(json.dumps(record))
+    again = {**start_of, "TORCHELASTIC_RESTART_COUNT": "1"}
+    for start, what in ((again, f"going on from {mine}"), ({**again, "TORCHELASTIC_RUN_ID": "b"}, f"from {path}")):
+        result = run("train.py", *begun, "train.max_hours=1e-9", environment=start)
+        assert result.returncode == 0 and what in result.stdout, result.stdout + result.stderr
+    assert checkpoint.newest_first(mine)[0].name == "state_epoch_000_step_00000002.pth"
 
 
 def test_precision_and_momentum_may_change(words, whole, tmp_path):
@@ -265,7 +296,7 @@ def test_precision_and_momentum_may_change(words, whole, tmp_path):
 def test_only_the_newest_checkpoints_are_kept(words, tmp_path):
     assert run("train.py", *words(tmp_path), "train.keep=2").returncode == 0
     names = {path.name for path in only(tmp_path, "saved").iterdir()}
-    assert names - {"best.pth"} == {"config.yml", "state_epoch_003.pth", "state_epoch_004.pth"}
+    assert names - {"best.pth"} == {"config.yml", "run.json", "state_epoch_003.pth", "state_epoch_004.pth"}
 
 
 def test_full_disk(words, whole, tmp_path):

@@ -114,3 +114,27 @@ def test_without_words_the_configuration_is_asked_for(name):
     result = run(name)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].endswith("the following arguments are required: config")
+
+
+@pytest.mark.parametrize(
+    ("words", "restarts", "expected"),
+    [
+        (["cfg/x.yml", "train.seed=1"], 0, "cfg/x.yml run=slurm-7 train.seed=1"),
+        (["cfg/x.yml", "train.seed=1"], 1, "cfg/x.yml train.resume=auto run=slurm-7 train.seed=1"),
+        (["cfg/x.yml", "run=mine"], 1, "cfg/x.yml train.resume=auto run=mine"),
+        (["cfg/x.yml", "state_epoch=3"], 0, "cfg/x.yml state_epoch=3"),
+        (["tests"], 0, "tests train.resume=auto"),  # a folder: of a run
+    ],
+)
+def test_a_slurm_job_names_its_run(words, restarts, expected, tmp_path):
+    """With srun and scontrol that only say what they were asked."""
+    (tmp_path / "srun").write_text('#!/bin/sh\nwhile [ "$1" != train ]; do shift; done; shift; echo "$@"\n')
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho here\n")
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_NNODES": "1"}
+    job |= {"SLURM_GPUS_ON_NODE": "1", "SLURM_RESTART_COUNT": str(restarts), "HOME": str(tmp_path)}
+    path = f"{tmp_path}:{INTERPRETER}:/usr/bin:/bin"
+    command = ["bash", "scripts/slurm.sbatch", *words]
+    result = subprocess.run(command, cwd=ROOT, env={**job, "PATH": path}, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and result.stdout.strip() == expected, result.stdout + result.stderr

@@ -13,6 +13,7 @@ def clip_of(config: EasyDict) -> FrozenClip:
     return load_clip(
         settings.weights,
         settings.source,
+        settings.activation,
         feature_blocks=settings.feature_blocks,
         prompt_blocks=settings.prompt_blocks,
         preprocess=settings.preprocess,

@@ -1,23 +1,27 @@
 """Frozen CLIP: one copy of the weights that serves as text encoder, image encoder and prompted mapper."""
 
+import hashlib
 import math
-import pickle
-import warnings
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ratlip import clips
+from ratlip.clips.files import END_OF_TEXT, HEAD, MEAN, STD, activation_of, clip
 from ratlip.errors import UserError, first_line
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # clip imports pkg_resources, which warns of its end
-    import clip
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, RGB in [0, 1]
-STD = (0.26862954, 0.26130258, 0.27577711)
+# What OpenAI's models compute with, beside their weights and a head for every 64 of their width.
+OPENAI = {
+    "activation": "quick_gelu",
+    "mean": [round(x, 6) for x in MEAN],
+    "std": [round(x, 6) for x in STD],
+    "resize": "bicubic",
+}
+OTHERWISE = "is built otherwise than OpenAI's CLIP, which is all that is read here"
+TOLERANCE = 1e-3  # of our towers and the model's own, largest difference over largest value; 1e-6 is usual in float32
 
 
 class FrozenClip(nn.Module):
@@ -33,6 +37,8 @@ class FrozenClip(nn.Module):
         prompt_blocks: vision blocks that get a prompt when used as mapper. None: the released 1..8 of 12, scaled.
         preprocess: "standard" (antialiased bicubic, CLIP's normalisation) or "released" (nearest, and the range
             mapped twice, as the published GALIP and RATLIP numbers were made).
+        mean, std: of the three colours in [0, 1], by which its images are normalised.
+        resize: "bicubic" or "bilinear", with the standard input.
     """
 
     def __init__(
@@ -41,31 +47,65 @@ class FrozenClip(nn.Module):
         feature_blocks: Sequence[int] | None = None,
         prompt_blocks: Sequence[int] | None = None,
         preprocess: str = "standard",
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
+        resize: str = "bicubic",
     ):
         super().__init__()
         self.clip = model.float().eval().requires_grad_(False)
         visual = model.visual
         if not hasattr(visual, "class_embedding"):
             raise UserError("clip.weights: this CLIP has a ResNet image tower; a ViT such as ViT-B/32 is needed")
+        if visual.conv1.kernel_size[0] != visual.conv1.kernel_size[1] or not _is_square(visual.positional_embedding):
+            raise UserError("clip.weights: this CLIP sees pictures or patches that are not square")
         self.width = visual.conv1.out_channels
         self.patch = visual.conv1.kernel_size[0]
         self.grid = round((len(visual.positional_embedding) - 1) ** 0.5)  # patches along one side
         self.resolution = self.grid * self.patch  # pixels along one side
         self.depth = len(visual.transformer.resblocks)
         self.embedding_dim = visual.proj.shape[1]
-        self.context_length = len(model.positional_embedding)
+        self.context_length, self.text_width = model.positional_embedding.shape
         self.feature_blocks = _blocks(
             "clip.feature_blocks", feature_blocks, default_feature_blocks(self.depth), self.depth
         )
         self.prompt_blocks = _blocks("clip.prompt_blocks", prompt_blocks, default_prompt_blocks(self.depth), self.depth)
         self.preprocess = preprocess
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        heads = [tower.resblocks[0].attn.num_heads for tower in (visual.transformer, model.transformer)]
+        self.settings = {
+            "activation": activation_of(model),
+            "heads": heads,  # of the image and the text tower
+            **{name: [round(x, 6) for x in values] for name, values in (("mean", mean), ("std", std))},
+            "resize": resize,
+        }
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     @property
     def shape(self) -> dict[str, int]:
         """What networks built on this CLIP depend on."""
         return {"embedding": self.embedding_dim, "width": self.width, "grid": self.grid, "depth": self.depth}
+
+    @cached_property
+    def identity(self) -> dict:
+        """Which CLIP this is: its `shape`, a checksum of both towers' weights, whatever file they came in, and the
+        `settings` that decide what it computes from them. Without the checksum where there are only shapes."""
+        weights = {key: value for key, value in self.clip.state_dict().items() if not key.startswith("logit_")}
+        digest = hashlib.sha256()
+        for key in sorted(weights):
+            if weights[key].is_meta:
+                return {**self.shape, **self.settings}
+            digest.update(key.encode())
+            digest.update(weights[key].cpu().contiguous().numpy())
+        return {**self.shape, **self.settings, "checksum": digest.hexdigest()}
+
+    def unlike_openai(self, image: bool) -> str:
+        """In words, how the image or the text tower computes otherwise than OpenAI's would with these weights; empty
+        where it does not. It tells caches apart that the weights alone do not."""
+        tower, width = (0, self.width) if image else (1, self.text_width)
+        own = {**self.settings, "heads": self.settings["heads"][tower]}
+        openai = {**OPENAI, "heads": width // HEAD}
+        names = ["activation", "heads", *(("mean", "std", "resize") if image else ())]
+        return ", ".join(f"{name} {own[name]}" for name in names if own[name] != openai[name])
 
     def train(self, mode: bool = True) -> "FrozenClip":
         """Stays in eval mode whatever is asked."""
@@ -74,6 +114,11 @@ class FrozenClip(nn.Module):
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Captions -> token ids (B, context length), int64; longer captions are cut."""
         return clip.tokenize(list(captions), context_length=self.context_length, truncate=True).long()
+
+    def cuts(self, captions: Sequence[str]) -> list[bool]:
+        """Whether `tokenize` cuts each caption: whether one token more than it reads would be filled."""
+        longer = clip.tokenize(list(captions), context_length=self.context_length + 1, truncate=True)
+        return longer[:, -1].ne(0).tolist()
 
     def text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Text encoder: token ids (B, L) -> sentence embedding (B, E), token features (B, L, text width).
@@ -91,6 +136,7 @@ class FrozenClip(nn.Module):
 
     def drop_text_tower(self) -> None:
         """Free the text encoder's memory, where every caption there is has been encoded; `text` is gone then."""
+        self.identity  # noqa: B018 (kept from here on: it needs all the weights)
         for name in ("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection"):
             delattr(self.clip, name)
 
@@ -123,7 +169,9 @@ class FrozenClip(nn.Module):
         if self.preprocess == "released":
             return ((F.interpolate(images, size, mode="nearest") + 1) * 0.5 - self.mean) / self.std
         if images.shape[-2:] != size:  # in float32: CPUs have no antialiasing in bfloat16
-            images = F.interpolate(images.float(), size, mode="bicubic", antialias=True, align_corners=False)
+            images = F.interpolate(
+                images.float(), size, mode=self.settings["resize"], antialias=True, align_corners=False
+            )
         return (images - self.mean) / self.std
 
     def _patches(self, images: Tensor) -> Tensor:
@@ -212,48 +260,98 @@ def _blocks(key: str, asked: Sequence[int] | None, default: tuple[int, ...], dep
     return tuple(asked)
 
 
-def load_clip(weights: str, source: str = "openai", **towers) -> FrozenClip:
-    """Load a CLIP on the CPU.
+def _is_square(positions: Tensor) -> bool:
+    """Whether positions (1 + g*g, W) are of a class token and a square grid."""
+    return math.isqrt(len(positions) - 1) ** 2 == len(positions) - 1
+
+
+def load_clip(weights: str, source: str = "openai", activation: str | None = None, **towers) -> FrozenClip:
+    """Load a CLIP on the CPU, and see that our towers compute what its own do.
 
     Args:
-        weights: for "openai" a model name that `clip` can download ("ViT-B/32"), or a path to OpenAI's archive or
-            to a state dict; for "open_clip" an architecture and a tag or path ("ViT-B-32:laion2b_s34b_b79k").
-        source: "openai" or "open_clip".
+        weights, source, activation: as `ratlip.clips.read` takes them.
         towers: further arguments of FrozenClip.
 
     Raises:
-        UserError: no such file, not a CLIP, or a download that failed.
+        UserError: no such file, not a CLIP, a download that failed, no or another activation, or a CLIP that is built
+            otherwise than OpenAI's.
     """
-    model = _load_open_clip(weights) if source == "open_clip" else _load_openai(weights)
-    return FrozenClip(model, **towers)
+    found = clips.read(weights, source, activation)
+    vocabulary = len(found.model.token_embedding.weight)
+    if vocabulary != END_OF_TEXT + 1:
+        raise UserError(f"clip.weights: {weights} has another tokenizer than OpenAI's: {vocabulary} words")
+    own = FrozenClip(found.model, mean=found.mean, std=found.std, resize=found.resize, **towers)
+    try:
+        differs = _difference(own)
+    except (AttributeError, RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"clip.weights: {weights} {OTHERWISE} ({first_line(error)})") from None
+    if differs:
+        raise UserError(f"clip.weights: {weights} {OTHERWISE}: {differs}")
+    return own
 
 
-def _load_openai(weights: str) -> nn.Module:
-    if weights not in clip.available_models() and not Path(weights).is_file():
+@torch.no_grad()
+def _difference(clip: FrozenClip) -> str:
+    """How far our towers are from the model's own encode_image and encode_text, in words; empty within TOLERANCE."""
+    random = torch.Generator().manual_seed(0)  # not the one that draws the networks
+    images = torch.rand(1, 3, clip.resolution, clip.resolution, generator=random) * 2 - 1
+    tokens = torch.randint(1, END_OF_TEXT - 1, (2, clip.context_length), generator=random)
+    tokens[:, 0], tokens[0, -1] = END_OF_TEXT - 1, END_OF_TEXT  # the one fills its length, the other ends before
+    tokens[1, clip.context_length // 2 :] = 0
+    tokens[1, clip.context_length // 2] = END_OF_TEXT
+    for name, ours, theirs in (
+        ("images", clip.image(images)[1], clip.clip.encode_image(clip.clip_input(images))),
+        ("captions", clip.text(tokens)[0], clip.clip.encode_text(tokens)),
+    ):
+        error = float((ours - theirs).abs().max() / theirs.abs().max())
+        if not error < TOLERANCE:  # a NaN too
+            return f"its own embeddings of {name} differ by {error:.1%}"
+    return ""
+
+
+def require_same(clip: FrozenClip, then: Mapping, what: str, insist: bool) -> str:
+    """Compare a CLIP with the one that a checkpoint was trained with.
+
+    Args:
+        then: the `identity` that was stored, or as much of it as is known.
+        what: the checkpoint, for messages.
+        insist: take another CLIP of the same shapes all the same.
+
+    Returns:
+        what is to be said of it, or an empty text.
+
+    Raises:
+        UserError: other shapes; another CLIP, unless `insist`.
+    """
+    if any(then.get(key) != value for key, value in clip.shape.items()):
+        shapes = [", ".join(f"{key} {found.get(key)}" for key in clip.shape) for found in (then, clip.shape)]
+        raise UserError(f"{what} was trained with a CLIP of {shapes[0]}; clip.weights is one of {shapes[1]}")
+    now = clip.identity if "checksum" in then else {**clip.shape, **clip.settings}
+    other = [
+        f"{key} {_short(then[key])}, here {_short(now[key])}" for key in now if then.get(key, now[key]) != now[key]
+    ]
+    if other and not insist:
         raise UserError(
-            f"clip.weights: no file {weights!r}, and no CLIP of that name; "
-            f"give a path or one of {', '.join(clip.available_models())}"
+            f"{what} was trained with another CLIP ({'; '.join(other)}): set clip.weights (and clip.source, "
+            "clip.activation) to that one; clip.insist=true takes this one all the same"
         )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit.load is deprecated; OpenAI's archives are in that format
-            return clip.load(weights, device="cpu", jit=False)[0]
-    except (RuntimeError, KeyError, AttributeError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"clip.weights: {weights} is not a CLIP checkpoint ({first_line(error)})") from None
-    except OSError as error:
-        raise UserError(
-            f"clip.weights: {weights} could not be downloaded ({first_line(error)}); "
-            "fetch the file elsewhere and set clip.weights to its path"
-        ) from None
+    if other:
+        return f"another CLIP than it was trained with, as clip.insist says ({'; '.join(other)})"
+    known = "checksum" in then
+    return "" if known else "which CLIP it was trained with is not stored in it; only shapes could be compared"
 
 
-def _load_open_clip(weights: str) -> nn.Module:
-    try:
-        import open_clip
-    except ImportError:
-        raise UserError("clip.source: open_clip is not installed; run: python -m pip install open_clip_torch") from None
-    architecture, _, pretrained = weights.partition(":")
-    try:
-        return open_clip.create_model(architecture, pretrained=pretrained or None, require_pretrained=True)
-    except (RuntimeError, OSError, KeyError) as error:
-        raise UserError(f"clip.weights: open_clip cannot load {weights} ({first_line(error)})") from None
+def trained_with(content: Mapping) -> dict:
+    """What a checkpoint's content says about its CLIP. Before checksums were stored, normalisation was always OpenAI's,
+    and whatever came by clip.source=openai was computed with QuickGELU."""
+    then = dict(content["clip"])
+    if "activation" in then:
+        return then
+    before = {key: OPENAI[key] for key in ("mean", "std", "resize")}
+    if content["config"].get("clip.source", "openai") == "openai":
+        before["activation"] = OPENAI["activation"]
+    return {**then, **before}
+
+
+def _short(value: object) -> str:
+    return value[:8] if isinstance(value, str) and len(value) == 64 else str(value)

@@ -1,9 +1,12 @@
 """Configuration: default.yml, then a run file, then key=value words; strict, with errors a person can act on."""
 
 import difflib
+import json
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,21 @@ from easydict import EasyDict
 from ratlip import paths
 from ratlip.errors import UserError
 from ratlip.paths import ROOT
+from ratlip.text import decode_text
 
 DEFAULT = ROOT / "cfg" / "default.yml"
+OWN, RECORD = "config.yml", "run.json"  # in a run's folder: its settings, and whose it is (ratlip.runs)
+NO_SETTINGS = ("name", "file", "origin")  # what else a resolved configuration carries
+# What holds for one start of the program and no later one, unless the file says so.
+OF_A_START = ("train.resume", "train.max_hours", "clip.insist")
 
 CHOICES = {
-    "data.layout": ("demo", "bird", "flower", "face", "coco", "folder", "webdataset"),
+    "data.layout": ("demo", "bird", "flower", "face", "coco", "folder", "webdataset", "parquet"),
     "model.name": ("ratlip", "galip"),
     "model.rat.state": ("shared", "independent"),
     "model.rat.scope": ("mapper", "all"),
     "clip.source": ("openai", "open_clip"),
+    "clip.activation": ("quick_gelu", "gelu"),
     "clip.preprocess": ("standard", "released"),
     "train.device": ("auto", "cpu", "cuda"),
     "train.precision": ("auto", "fp32", "bf16", "fp16"),
@@ -107,6 +116,7 @@ OPTIONAL = {  # null, or of this type
     "model.shipped": str,
     "train.batch_size": int,
     "train.resume": str,
+    "clip.activation": str,
     "clip.feature_blocks": list,
     "clip.prompt_blocks": list,
     "eval.inception_weights": str,
@@ -128,32 +138,116 @@ PATHS = (
 CLIP_FILES = {".pt", ".pth", ".bin", ".safetensors"}
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where the settings of a configuration come from."""
+
+    stated: dict[str, Any]  # of the file, flat; with a run's own config.yml, of the file it was begun from
+    words: dict[str, Any]  # of the command line, flat
+    run: str | None  # what the word run= names
+    folder: Path | None  # the run whose own config.yml was given
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
     """The resolved configuration of a run file.
 
     Args:
-        path: a YAML file with any of the keys of cfg/default.yml. One that is not in the caller's folder is looked
-            for in the repository.
-        overrides: words like "train.batch_size=8", stronger than the file.
+        path: a YAML file with any of the keys of cfg/default.yml; or the folder of a run, for its own config.yml. What
+            is not in the caller's folder is looked for in the repository.
+        overrides: words like "train.batch_size=8", stronger than the file; "run=NAME" names a run.
 
     Returns:
-        Every key of default.yml, as nested attributes; `name` is the run file's stem. Relative paths were meant from
-        the repository in a file, from the working folder in a word; all are as they are used from the latter.
+        Every key of default.yml, as nested attributes. `name` is the run file's stem (of a run's own file: the name of
+        its experiment), `file` its path, `origin` an `Origin`. Relative paths were meant from the repository in a file,
+        from the working folder in a word; all are as they are used from the latter.
 
     Raises:
         UserError: names the file or word, the key, and the nearest valid key.
     """
-    path = _find(path)
-    defaults = default_settings()
-    settings = dict(defaults)
+    path, folder = _find(path)
     content = _read_yaml(path)
     content = _translate(path, content) if "dataset_name" in content else flatten(content)
-    for source, values in ((str(path), content), *map(_read_word, overrides)):
-        for key, value in values.items():
-            if key not in defaults:
-                raise UserError(f"{source}: unknown key {key!r}{_nearest(key, defaults)}")
-            settings[key] = _check(source, key, value, defaults[key])
-    return EasyDict({"name": path.stem, **unflatten(placed(settings, str(path)))})
+    if folder:
+        content.pop("train.resume", None)  # as programs before this one left it
+    record = read_record(folder) if folder else {}
+    run, words = _run_and_settings(overrides)
+    defaults = default_settings()
+    content = _checked([(str(path), content)], defaults)
+    origin = Origin(record.get("stated", content), _checked(words, defaults), run, folder)
+    name = record.get("name") or (folder.resolve().parent.name if folder else path.stem)
+    return resolve({**defaults, **content, **origin.words}, name, str(path), origin)
+
+
+def resolve(settings: dict[str, Any], name: str, file: str, origin: Origin) -> EasyDict:
+    """Flat settings as nested attributes, with what else a configuration carries.
+
+    Args:
+        settings: paths as in a file or as `settings_of` gives them: relative ones from the repository.
+    """
+    return EasyDict({"name": name, "file": file, "origin": origin, **unflatten(_placed(settings, file))})
+
+
+def settings_of(config: EasyDict) -> dict[str, Any]:
+    """Every setting of a resolved configuration, flat; paths as a run keeps them, so that they mean the same from any
+    folder: from the repository where they lie in it, else in full."""
+    settings = flatten({key: value for key, value in config.items() if key not in NO_SETTINGS})
+    return {key: _change_path(key, value, Path.cwd(), paths.portable) for key, value in settings.items()}
+
+
+def kept_settings(config: EasyDict) -> dict[str, Any]:
+    """Those that a run goes on with, flat: without what held for one start of the program only."""
+    origin, settings = config.get("origin"), settings_of(config)
+    for key in OF_A_START:
+        settings[key] = (origin.stated if origin else {}).get(key, default_settings()[key])
+    del settings["train.resume"]
+    return settings
+
+
+def run_folder(path: str | Path) -> Path | None:
+    """The folder of the run that is meant by its path, or by that of its own config.yml; None of any other file."""
+    path = Path(path)
+    folder = path.parent if path.name == OWN else path
+    if not (folder / OWN).is_file():
+        return None
+    return folder if path.is_dir() or (folder / RECORD).is_file() or any(folder.glob("state_epoch_*.pth")) else None
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a run's folder says of whose it is (`ratlip.runs`); {}: nothing, as with runs of earlier programs."""
+    try:
+        content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def split_words(
+    words: Sequence[str], options: Iterable[str], other: str, is_other: Callable[[str], bool] = lambda word: False
+) -> tuple[list[str], list[str]]:
+    """The key=value words of a command line, which `load` takes, and its other words.
+
+    A setting is what begins with a key and "=", or with words joined by dots and "=": `load` says what is wrong with
+    those. Anything else with "=" that has no space in it may be meant as one, so that it is an error.
+
+    Args:
+        options: the command's own, to tell `n=4` from a setting. other: what else a word is, such as "caption".
+        is_other: what says so of a word that looks like a setting, such as a file's name.
+
+    Raises:
+        UserError: an option without its dashes, or what may be meant as a setting.
+    """
+    known, settings, others = {**default_settings(), "run": None}, [], []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key in known or not is_other(word) and equals and re.fullmatch(r"\w+(\.\w+)+", key):
+            settings.append(word)
+        elif equals and key.lower() in options:
+            raise UserError(f"{word!r}: did you mean the option --{key.lower()} {value}?")
+        elif equals and re.fullmatch(r"\w+", key) and not re.search(r"\s", word) and not is_other(word):
+            raise UserError(f"{word!r}: unknown key {key!r}{_nearest(key, known)} (if it is a {other}: after --)")
+        else:
+            others.append(word)
+    return settings, others
 
 
 def default_settings() -> dict[str, Any]:
@@ -184,7 +278,7 @@ def unflatten(flat: dict[str, Any]) -> dict:
     return tree
 
 
-def placed(settings: dict[str, Any], source: str) -> dict[str, Any]:
+def _placed(settings: dict[str, Any], source: str) -> dict[str, Any]:
     """Flat settings whose paths are written as in a file, from the repository, as they are used from here.
 
     Args:
@@ -198,32 +292,28 @@ def placed(settings: dict[str, Any], source: str) -> dict[str, Any]:
     return {key: place(key, value) for key, value in settings.items()}
 
 
-def kept(config: EasyDict) -> dict[str, Any]:
-    """The settings, flat, as a run keeps them: paths mean the same from any folder."""
-    settings = {key: value for key, value in flatten(config).items() if key != "name"}
-    return {key: _change_path(key, value, Path.cwd(), paths.portable) for key, value in settings.items()}
-
-
 def from_kept(settings: dict[str, Any]) -> dict[str, Any]:
-    """What `kept` gave, flat, with the defaults of settings that came later, and paths as they are used from here."""
+    """What `settings_of` gave, flat, with defaults of settings that came later; paths as they are used from here."""
     settings = {**default_settings(), **settings}
     return {key: _change_path(key, value, ROOT, paths.usable) for key, value in settings.items()}
 
 
 def dump(config: EasyDict) -> str:
-    """The configuration as YAML that `load` reads back, in whatever folder."""
-    return yaml.safe_dump(unflatten(kept(config)), sort_keys=False, default_flow_style=None)
+    """The configuration as YAML that `load` reads back, but for what held for one start only."""
+    return yaml.safe_dump(unflatten(kept_settings(config)), sort_keys=False, default_flow_style=None)
 
 
-def _find(path: str | Path) -> Path:
-    """The configuration file: the caller's, else the repository's."""
+def _find(path: str | Path) -> tuple[Path, Path | None]:
+    """The configuration file, the caller's, else the repository's; and the run's folder where it is a run's own."""
     own = paths.typed(str(path))
-    found = next((place for place in (own, ROOT / own) if place.is_file()), None)
-    if found is None:
-        known = ", ".join(sorted(p.name for p in DEFAULT.parent.glob("*.yml") if p != DEFAULT))
-        places = " or ".join(dict.fromkeys(str(paths.full(place)) for place in (own, ROOT / own)))
-        raise UserError(f"no configuration file {places}; cfg/ has {known}")
-    return Path(paths.usable(found, Path.cwd()))
+    for place in (own, ROOT / own):
+        folder = run_folder(place)
+        if folder or place.is_file():
+            found = folder / OWN if folder else place
+            return Path(paths.usable(found, Path.cwd())), Path(paths.usable(folder, Path.cwd())) if folder else None
+    known = ", ".join(sorted(p.name for p in DEFAULT.parent.glob("*.yml") if p != DEFAULT))
+    places = " or ".join(dict.fromkeys(str(paths.full(place)) for place in (own, ROOT / own)))
+    raise UserError(f"no configuration file {places}; cfg/ has {known}")
 
 
 def _change_path(key: str, value: Any, base: Path, change: Callable[[str], str]) -> Any:
@@ -248,11 +338,11 @@ def _before_clip_file(value: str, base: Path) -> str | None:
 
 def _read_yaml(path: Path) -> dict:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(decode_text(path.read_bytes()))
     except yaml.YAMLError as error:
         where = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
         raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(content or {}, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; expected keys and values as in cfg/default.yml")
@@ -269,20 +359,44 @@ def _translate(path: Path, content: dict) -> dict[str, Any]:
     return translated
 
 
-def _read_word(word: str) -> tuple[str, dict]:
-    key, equals, text = word.partition("=")
-    key = key.strip()
-    if not equals or not key:
-        raise UserError(f"{word!r}: expected key=value, for example train.batch_size=8")
+def _run_and_settings(words: Sequence[str]) -> tuple[str | None, list[tuple[str, dict]]]:
+    """The run that is named, if one is, and of each other word itself, and its key and value."""
+    run, settings = None, []
+    for word in words:
+        key, equals, value = (part.strip() for part in word.partition("="))
+        if not equals or not key:
+            raise UserError(f"{word!r}: expected key=value, for example train.batch_size=8")
+        if key == "run":
+            if not value:
+                raise UserError(f"{word!r}: expected the name of a run, or the path of its folder")
+            run = value
+            continue
+        settings.append((repr(word), {key: _read_value(word, key, value)}))
+    return run, settings
+
+
+def _read_value(word: str, key: str, text: str) -> Any:
+    """The value of a word; a path as it would stand in a file, from the repository or in full."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    if key in PATHS and not isinstance(value, str) and text.strip() not in ("", "null"):
+    if key in PATHS and not isinstance(value, str) and text not in ("", "null"):
         value = text  # folders named ~, 007 or 2024-05-01
-    if isinstance(value, str):  # from here on as in a file: from the repository, or in full
+    if isinstance(value, str):
         value = _change_path(key, value, Path.cwd(), lambda text: paths.portable(paths.expand(text, repr(word))))
-    return f"{word!r}", {key: value}
+    return value
+
+
+def _checked(sources: Sequence[tuple[str, dict]], defaults: dict[str, Any]) -> dict[str, Any]:
+    """What each source says, later ones over earlier, each value in its default's type; UserError names the source."""
+    settings = {}
+    for source, values in sources:
+        for key, value in values.items():
+            if key not in defaults:
+                raise UserError(f"{source}: unknown key {key!r}{_nearest(key, defaults)}")
+            settings[key] = _check(source, key, value, defaults[key])
+    return settings
 
 
 def _nearest(key: str, known: dict) -> str:

@@ -1,13 +1,19 @@
 """Several processes under torchrun: who this one is, sums and means over all, and saying things once."""
 
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from ratlip.errors import UserError
+
+Result = TypeVar("Result")
 
 # A process that waits longer than this for another gives up. They all wait while the first checks a large data set
 # that `prepare.sh` has not.
@@ -20,7 +26,8 @@ def start() -> int:
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank)
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        # Between GPUs nccl; gloo for what the hosts tell each other, which then wait for no GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     return local_rank
 
 
@@ -40,6 +47,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_world_size() -> int:
+    """Number of processes on this machine, where torchrun says so; else all."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def say(message: str) -> None:
     """Print on the first process only."""
     if rank() == 0:
@@ -55,6 +67,25 @@ def same(text: str) -> str:
     return box[0]
 
 
+def first_decides(decide: Callable[[], Result]) -> Result:
+    """What `decide()` gives on the first process, on all; where it raises UserError there, all leave."""
+    if not dist.is_initialized():
+        return decide()
+    box: list = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = decide()
+        except UserError as error:
+            box[1] = error
+    dist.broadcast_object_list(box)
+    result, refusal = box
+    if refusal and rank() == 0:
+        raise refusal
+    if refusal:
+        sys.exit(2)  # the first process says why
+    return result
+
+
 def sum_over_processes(tensors: Iterable[Tensor], device: torch.device) -> None:
     """Replace each tensor by its sum over all processes. `device`: where the backend can reduce."""
     if world_size() == 1:
@@ -65,13 +96,35 @@ def sum_over_processes(tensors: Iterable[Tensor], device: torch.device) -> None:
         tensor.copy_(moved)
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on at least one process. `device`: where the backend can reduce."""
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set on at least one process. The hosts ask each other, and no GPU."""
     if world_size() == 1:
         return flag
-    box = torch.tensor(float(flag), device=device)
+    box = torch.tensor(float(flag))
     dist.all_reduce(box)
     return bool(box > 0)
+
+
+class Elsewhere(Exception):
+    """Another process has failed, or was asked to stop."""
+
+
+def meet() -> None:
+    """Before work in which processes wait for each other. One that cannot go on comes with `any_process(True)`.
+
+    Raises:
+        Elsewhere: one of the others did.
+    """
+    if any_process(False):
+        raise Elsewhere
+
+
+def gather(thing: Any) -> list[Any]:
+    """What each process gives, by rank, on all of them."""
+    things = [thing] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(things, thing)
+    return things
 
 
 def mean_gradients(network: nn.Module, *numbers: Tensor) -> None:

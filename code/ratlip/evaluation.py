@@ -9,16 +9,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from easydict import EasyDict
-from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ratlip import device as devices
 from ratlip import distributed
 from ratlip.clip_towers import FrozenClip
 from ratlip.data import captions
+from ratlip.data.demo import parse_caption
+from ratlip.data.files import find_pictures
 from ratlip.data.inventory import cache_folder
-from ratlip.data.layouts import Item, find_pictures, read_captions
-from ratlip.data.loader import EnlargedTestImages, Pictures, TestImages, same_size_batches
+from ratlip.data.items import Item
+from ratlip.data.loader import EnlargedTestImages, Pictures, TestImages, picture_batches
 from ratlip.errors import UserError
 from ratlip.metrics import METRICS, reference
 from ratlip.metrics.features import SPACES, MissingWeights, Space, padded
@@ -27,6 +28,7 @@ from ratlip.metrics.reference import Reference
 from ratlip.models.generator import Generator
 from ratlip.paths import full
 from ratlip.sampling import generate, seeded_noise
+from ratlip.text import existing, read_captions
 
 MISSING = "missing"  # of a file of statistics
 NOISE_SEED = 0  # sample i is the same image in every evaluation of the same weights
@@ -98,6 +100,7 @@ class Scorer:
                         metric.update(scored)
                 bar.update(len(scored.images) * distributed.world_size())
 
+        distributed.meet()
         scores = {}
         with stages("statistics"):
             for metric in metrics:
@@ -190,6 +193,7 @@ class Evaluator:
         self.table = captions.CaptionTable([item.captions for item in items])
         with distributed.first_process_first():
             sentences = captions.embed(self.table, scorer.clip, cache_folder(scorer.config.data))
+        captions.say_cut(self.table, scorer.clip, "test captions")
         self.sentences = sentences.to(scorer.device)
         self.better = scorer.better
         self.protocols = scorer.protocols(self.samples)
@@ -220,7 +224,7 @@ class Evaluator:
 
 def _caption_of(picture: Path) -> str:
     """The first caption in the text file beside a picture."""
-    path = picture.with_suffix(".txt")
+    path = existing(picture.with_suffix(".txt"))
     try:
         found = read_captions(path.read_bytes())
     except FileNotFoundError:
@@ -230,28 +234,40 @@ def _caption_of(picture: Path) -> str:
     return found[0]
 
 
+def _leave_out_caption_accuracy(scorer: Scorer, texts: Sequence[str]) -> None:
+    """Where a caption is not of the demo's kind ("a red dog") and there are other metrics, and say so."""
+    if "caption_accuracy" in scorer.names and len(scorer.names) > 1:
+        try:
+            for text in texts:
+                parse_caption(text)
+        except ValueError as error:
+            scorer.names.remove("caption_accuracy")
+            distributed.say(f"without caption_accuracy: {error}")
+
+
 def score_folder(scorer: Scorer, folder: Path) -> tuple[dict[str, float], dict[str, str]]:
     """Scores, and protocols, of the pictures in a folder, as they are.
 
     A picture's caption is the first line of the file of its name with .txt beside it; without any such files, the
-    metrics that need captions are left out.
+    metrics that need captions are left out, and `caption_accuracy` with captions of another kind than the demo's.
     """
     paths = find_pictures(folder)
     _need_two(len(paths), str(folder))
     texts, sentences = None, None
     if any(path.with_suffix(".txt").is_file() for path in paths):
         texts = [_caption_of(path) for path in paths]
-        sentences = captions.embed(captions.CaptionTable([[text] for text in texts]), scorer.clip).to(scorer.device)
+        table = captions.CaptionTable([[text] for text in texts])
+        sentences = captions.embed(table, scorer.clip).to(scorer.device)
+        captions.say_cut(table, scorer.clip, f"captions of {folder}")
+        _leave_out_caption_accuracy(scorer, texts)
 
     def batches() -> Iterator[Scored]:
-        own = Subset(Pictures(paths), range(distributed.rank(), len(paths), distributed.world_size()))
-        size, workers = scorer.config.eval.batch_size, scorer.config.data.num_workers
-        for groups in DataLoader(own, size, num_workers=workers, collate_fn=same_size_batches):
-            for images, numbers in groups:
-                captioned = (None, None)
-                if texts:
-                    captioned = [texts[n] for n in numbers], sentences[devices.send(numbers, scorer.device)]
-                yield Scored(numbers, devices.send(images, scorer.device), *captioned)
+        loading = (scorer.config.eval.batch_size, scorer.config.data.num_workers, scorer.device)
+        for images, numbers in picture_batches(Pictures(paths), *loading):
+            captioned = (None, None)
+            if texts:
+                captioned = [texts[n] for n in numbers], sentences[devices.send(numbers, scorer.device)]
+            yield Scored(numbers, images, *captioned)
 
     return scorer(batches(), len(paths), texts is not None), scorer.protocols(len(paths), texts is not None)
 

@@ -1,16 +1,18 @@
 """Pictures: tensors as 8-bit images, captioned grids, and the filmstrip and curves of a run."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-TEXT_HEIGHT = 14  # pixels of a line of caption
+from ratlip import lettering
+from ratlip.errors import UserError, first_line
+
 MIN_CELL = 128  # pixels; smaller pictures are enlarged by whole factors so that captions fit below them
 TITLE_WIDTH = 76  # pixels left of a grid whose rows have titles
 SMOOTHED = 50  # a curve is shown averaged over about one part in so many of its length
@@ -22,39 +24,60 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels]
 
 
-def save_pictures(images: Tensor, folder: Path, name: str) -> list[Path]:
-    """Images (B, 3, H, W) in [-1, 1] as `<folder>/<name>_<number>.png`; the folder is made where it is missing."""
+def save_pictures(images: Tensor, folder: Path, name: str, caption: str) -> list[Path]:
+    """Images (B, 3, H, W) in [-1, 1] as `<folder>/<name>_<number>.png` with their caption in .txt beside each; the
+    folder is made where it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}_{number}.png" for number in range(len(images))]
     for picture, path in zip(to_pictures(images), paths, strict=True):
-        picture.save(path)
+        save_picture(picture, path, caption)
     return paths
 
 
-def captioned_grid(images: Tensor, captions: Sequence[str], columns: int, titles: Sequence[str] = ()) -> Image.Image:
+def save_picture(picture: Image.Image, path: Path, caption: str | None = None) -> None:
+    """A PNG, whole or not at all; its caption, of one line, is in the text file of its name from before it is there.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        if caption is not None:
+            path.with_suffix(".txt").write_text(f"{caption}\n", encoding="utf-8")
+        picture.save(partial, "PNG")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or first_line(error)})") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def captioned_grid(
+    images: Tensor | Sequence[Image.Image], captions: Sequence[str], columns: int, titles: Sequence[str] = ()
+) -> Image.Image:
     """Images in rows, each with its caption below, wrapped and never cut.
 
     Args:
-        images: (B, 3, H, W) in [-1, 1]. captions: B texts; a row is as tall as its longest caption needs.
+        images: (B, 3, H, W) in [-1, 1], or B pictures of one size. captions: B texts; a row is as tall as its longest
+            caption needs.
         columns: pictures in a row. titles: a text left of each row, or none at all.
     """
-    pictures = to_pictures(images)
+    pictures = to_pictures(images) if isinstance(images, Tensor) else images
     width, height = (side * _enlargement(pictures[0].width) for side in pictures[0].size)
-    font = _font()
-    wrapped = [_wrap(caption, font, width) if caption else [] for caption in captions]
+    wrapped = [lettering.wrap(caption, width) if caption else [] for caption in captions]
     rows = [wrapped[first : first + columns] for first in range(0, len(wrapped), columns)]
-    heights = [_row_height(height) + TEXT_HEIGHT * max(map(len, row)) for row in rows]
+    heights = [_row_height(height) + max(map(lettering.height_of, row)) for row in rows]
     left = TITLE_WIDTH if titles else 0
     grid = Image.new("RGB", (left + columns * (width + 8), sum(heights)), "white")
     draw = ImageDraw.Draw(grid)
     for number, row in enumerate(rows):
         top = sum(heights[:number]) + 4
         if titles:
-            _write(draw, _wrap(titles[number], font, left - 8), 4, top + height // 2 - TEXT_HEIGHT, font)
+            _write_title(draw, titles[number], top + height // 2)
         for column, lines in enumerate(row):
             x, picture = left + column * (width + 8) + 4, pictures[number * columns + column]
             grid.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, top))
-            _write(draw, lines, x, top + height + 2, font)
+            lettering.write(draw, lines, x, top + height + 2)
     return grid
 
 
@@ -69,9 +92,9 @@ def filmstrip(grids: Mapping[str, Image.Image], side: int, rows: int, row: int) 
     newest = list(grids.values())[-1]
     captions = newest.crop((0, rows * height - 4, newest.width, newest.height))  # where their text begins
     strip = Image.new("RGB", (newest.width, len(grids) * height - 4 + captions.height), "white")
-    draw, font = ImageDraw.Draw(strip), _font()
+    draw = ImageDraw.Draw(strip)
     for number, (title, grid) in enumerate(grids.items()):
-        _write(draw, _wrap(title, font, TITLE_WIDTH - 8), 4, number * height + height // 2 - TEXT_HEIGHT, font)
+        _write_title(draw, title, number * height + height // 2)
         pictures = grid.crop((TITLE_WIDTH, row * height, grid.width, (row + 1) * height - 4))
         strip.paste(pictures, (TITLE_WIDTH, number * height))
     strip.paste(captions, (0, len(grids) * height - 4))
@@ -119,11 +142,6 @@ def is_headline(tag: str) -> bool:
     return group == "scores" and "/" not in name and name not in ("images", "seconds")
 
 
-def _font() -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib: legible when small, with the letters of most alphabets."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 10)
-
-
 def _enlargement(side: int) -> int:
     return max(1, -(-MIN_CELL // side))
 
@@ -133,22 +151,5 @@ def _row_height(height: int) -> int:
     return height + 10
 
 
-def _write(draw: ImageDraw.ImageDraw, lines: Sequence[str], x: int, y: int, font: ImageFont.FreeTypeFont) -> None:
-    for number, line in enumerate(lines):
-        draw.text((x, y + number * TEXT_HEIGHT), line, "black", font=font)
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines of at most `width` pixels; a word that is wider than that is broken."""
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-            continue
-        if lines[-1]:
-            lines.append("")
-        for letter in word:
-            if font.getlength(lines[-1] + letter) > width:
-                lines.append("")
-            lines[-1] += letter
-    return lines
+def _write_title(draw: ImageDraw.ImageDraw, title: str, y: int) -> None:
+    lettering.write(draw, lettering.wrap(title, TITLE_WIDTH - 8), 4, y - lettering.LINE_HEIGHT)

@@ -1,13 +1,16 @@
 """What `prepare.sh` does to a data set before training: checks it, then computes what training and scoring need."""
 
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 from easydict import EasyDict
 
 from ratlip import build, device, distributed
 from ratlip.clip_towers import FrozenClip
 from ratlip.data import captions
-from ratlip.data.inventory import Stock, cache_folder, refusal, take_stock, too_many_lost, write_copies
+from ratlip.data.folder import write_folder_captions
+from ratlip.data.inventory import LISTED, Stock, cache_folder, refusal, take_stock, too_many_lost, write_copies
 from ratlip.data.layouts import Item, Problem
 from ratlip.data.loader import BATCH_SIZE, batch_size_for
 from ratlip.errors import UserError
@@ -65,6 +68,13 @@ def check_size(config: EasyDict, items: dict[str, list[Item]], processes: int = 
     check_counts(config.eval, len(items["test"]))
 
 
+def caption_by_folders(config: EasyDict, template: str) -> None:
+    """Write captions for pictures that have none: the name of each one's folder, in the place of {} in `template`."""
+    if config.data.layout != "folder":
+        raise UserError(f"--captions-from-folders: data.layout is {config.data.layout}; it is for folder")
+    print(f"captions            {write_folder_captions(Path(config.data.dir), template)}")
+
+
 def table(stocks: list[Stock]) -> str:
     """Lines of text, a column for each split."""
     columns = []
@@ -96,11 +106,21 @@ def resize(config: EasyDict, items: list[Item]) -> None:
 
 
 def embed_captions(config: EasyDict, items: dict[str, list[Item]]) -> FrozenClip:
-    """Fill the cache of caption embeddings for each split's items; gives the CLIP that made them."""
+    """Fill the cache of caption embeddings for each split's items, and name the captions whose end CLIP does not read;
+    gives the CLIP that made them."""
     clip = build.clip_of(config).to(device.choose(config.train.device))
-    for own in items.values():
-        captions.embed(captions.CaptionTable([item.captions for item in own]), clip, cache_folder(config.data))
+    counts = []
+    for split, own in items.items():
+        table = captions.CaptionTable([item.captions for item in own])
+        captions.embed(table, clip, cache_folder(config.data))
+        for row in table.cut[:LISTED]:
+            item = own[np.searchsorted(table.starts, row, side="right") - 1]
+            print(f"cut caption  {item.key}: {table.texts[row]!r}")
+        if len(table.cut) > LISTED:
+            print(f"cut caption  and {len(table.cut) - LISTED:,} more of the {split} split")
+        counts.append(f"{len(table.cut):,} of {len(table.texts):,} ({split})")
     print(f"caption embeddings  {cache_folder(config.data)}")
+    print(f"cut captions        {', '.join(counts)}: longer than the {clip.context_length} tokens that CLIP reads")
     return clip
 
 

@@ -1,5 +1,6 @@
 """From captions to images: finding a checkpoint, loading its generator, seeded noise."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,19 +10,20 @@ import torch.nn.functional as F
 from easydict import EasyDict
 from torch import Tensor
 
-from ratlip import build, checkpoint, released
+from ratlip import build, checkpoint, released, runs
 from ratlip import config as configuration
 from ratlip import device as devices
-from ratlip.clip_towers import FrozenClip
+from ratlip.clip_towers import OPENAI, FrozenClip, require_same, trained_with
 from ratlip.errors import UserError
 from ratlip.models.generator import Generator
 from ratlip.paths import command
 
 
-def seeded_noise(seed: int, numbers: Sequence[int], dim: int) -> Tensor:
-    """Standard normal noise (B, dim) of the samples with these numbers: each depends on (seed, number) alone."""
-    rows = [np.random.default_rng((seed, number)).standard_normal(dim, dtype=np.float32) for number in numbers]
-    return torch.from_numpy(np.stack(rows))
+def seeded_noise(seed: int, numbers: Sequence[int | tuple[int, ...]], dim: int) -> Tensor:
+    """Standard normal noise (B, dim) of the samples with these numbers, or tuples of numbers: each depends on the seed
+    and its own alone."""
+    keys = [(seed, *number) if isinstance(number, tuple) else (seed, number) for number in numbers]
+    return torch.from_numpy(np.stack([np.random.default_rng(k).standard_normal(dim, dtype=np.float32) for k in keys]))
 
 
 def truncated(noise: Tensor, limit: float) -> Tensor:
@@ -92,15 +94,19 @@ def similarities(clip: FrozenClip, images: Tensor, sentences: Tensor) -> Tensor:
 
 
 def find_checkpoint(config: EasyDict) -> Path:
-    """The newest checkpoint trained with this configuration, else the one shipped for it."""
-    trained = checkpoint.newest_first(Path(config.log.save_dir) / config.name)
-    if trained:
-        return trained[0]
+    """The furthest checkpoint of the run that is named, else of the newest trained with this configuration, else the
+    one shipped for it."""
+    named = runs.named(config)
+    for run in [named] if named else runs.of_experiment(config):
+        if heads := run.heads():
+            return heads[0].path
+    if named:
+        raise UserError(f"{runs.shown(named.folder)} holds no checkpoint yet that can be read")
     if config.model.shipped:
         return Path(config.model.shipped)
     raise UserError(
-        f"nothing has been trained with {config.name} yet (no checkpoint below {config.log.save_dir}/{config.name}); "
-        f"run: {command('train.sh')} cfg/{config.name}.yml, or name a checkpoint"
+        f"nothing has been trained with {config.file} yet (no checkpoint of it below {config.log.save_dir}); "
+        f"run: {command('train.sh')} {shlex.quote(config.file)}, or name a checkpoint{runs.strangers(config, 'sample')}"
     )
 
 
@@ -109,7 +115,10 @@ def load_generator(config: EasyDict, path: str | Path) -> tuple[Generator, Froze
 
     Returns:
         generator, its CLIP, and a line that says what was loaded. The network's settings are the checkpoint's own;
-        only `clip.source` and `clip.weights`, which say where CLIP's file lies on this machine, are `config`'s.
+        only what says where its CLIP is found on this machine (`clip.source`, `.weights`, `.activation`) is `config`'s.
+
+    Raises:
+        UserError: not a checkpoint, an incomplete one, or another CLIP than it was trained with.
     """
     devices.keep_freed_memory()
     content = checkpoint.read(path)
@@ -118,26 +127,20 @@ def load_generator(config: EasyDict, path: str | Path) -> tuple[Generator, Froze
         generator, _, info = released.load_networks(content, clip, path)
         if generator is None:
             raise UserError(f"{path} holds no netG to sample from")
+        require_same(clip, {**clip.shape, **OPENAI}, str(path), config.clip.insist)
         return generator, clip, f"{path}: {released.describe(info)}"
     if content.get("format") != checkpoint.FORMAT:
         raise UserError(checkpoint.UNKNOWN.format(path))
     # A checkpoint from before a setting existed was made with what is its default now.
     own = EasyDict(configuration.unflatten(configuration.from_kept(content["config"])))
-    own.clip.update(source=config.clip.source, weights=config.clip.weights)
+    own.clip.update({key: config.clip[key] for key in ("source", "weights", "activation")})
     clip = build.clip_of(own)
-    if clip.shape != content["clip"]:
-        raise UserError(
-            f"{path} was trained with a CLIP of {_describe(content['clip'])}; "
-            f"clip.weights {config.clip.weights} has {_describe(clip.shape)}"
-        )
+    said = require_same(clip, trained_with(content), str(path), config.clip.insist)
     generator = build.generator_of(own, clip)
     try:
         generator.load_state_dict(content.get("ema") or content["generator"])
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{path} is incomplete: {' '.join(str(error).split())[:200]}") from None
     kind = "averaged weights" if content.get("ema") else "weights"
-    return generator.eval(), clip, f"{path}: {own.model.name}, epoch {content['epoch']}, {kind}"
-
-
-def _describe(shape: dict[str, int]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shape.items())
+    about = f"{path}: {own.model.name}, epoch {content['epoch']}, {kind}"
+    return generator.eval(), clip, f"{about}; {said}" if said else about

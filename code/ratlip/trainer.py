@@ -1,6 +1,5 @@
-"""Training: the step of generator and discriminator, and the loop around it."""
+"""Training: the step of generator and discriminator, and a run from its configuration to its end."""
 
-import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,36 +8,30 @@ from pathlib import Path
 import numpy as np
 import torch
 from easydict import EasyDict
-from PIL import Image
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam
 from torch.utils.data import DataLoader
 
-from ratlip import build, checkpoint, distributed, losses, resume
+from ratlip import build, checkpoint, distributed, losses, resume, runs
 from ratlip import config as configuration
 from ratlip import device as devices
 from ratlip.augment import augment
 from ratlip.clip_towers import FrozenClip
+from ratlip.course import Course, draw_course
 from ratlip.data import captions
 from ratlip.data.inventory import cache_folder, usable_items
-from ratlip.data.loader import Batch, Draw, EpochBatches, TestImages, TrainingImages, shard_numbers, training_loader
-from ratlip.errors import UserError
+from ratlip.data.loader import Batch, Draw, EpochBatches, TrainingImages, shard_numbers, to_floats, training_loader
 from ratlip.evaluation import Evaluator, Scorer, scores_table
 from ratlip.guard import Guard
 from ratlip.models.discriminator import Discriminator
 from ratlip.models.generator import Generator
 from ratlip.monitor import Monitor
 from ratlip.paths import command
-from ratlip.pictures import captioned_grid
 from ratlip.preparation import check_size
 from ratlip.profiling import Trace
-from ratlip.sampling import generate, seeded_noise
-from ratlip.stopping import Stop, Stopped
-
-GRID = (8, 2)  # captions and noises of the sample grids
-LOOK_EVERY = {"cpu": 1, "cuda": 10}  # steps between looks at the count of bad ones, which a GPU has to be waited for
+from ratlip.stopping import Stop, Stopped, end_workers
 
 
 @dataclass
@@ -62,6 +55,8 @@ class Training:
     feature_maps: Callable = field(init=False)
     step: int = 0
     epoch: int = 0  # finished epochs
+    run: runs.Run | None = None  # that its checkpoints belong to
+    in_step: bool = False  # then the networks are none that a checkpoint may hold
 
     def __post_init__(self):
         s, betas = self.settings, (self.settings.beta1, self.settings.beta2)
@@ -101,17 +96,18 @@ def train_step(t: Training, batch: Batch) -> dict[str, Tensor]:
         loss terms, gradient norms and learning rates, by TensorBoard tag; not yet read from the device.
     """
     generator, discriminator, scaler = t.generator, t.discriminator, t.scaler
+    images = to_floats(batch.images)  # (B, 3, S, S) in [-1, 1]; bytes until here
     if t.settings.compile:
         torch.compiler.cudagraph_mark_step_begin()  # what CUDA graphs gave in the step before may be overwritten
     sentences = t.sentences[batch.rows].requires_grad_()  # (B, E); MA-GP differentiates with respect to them
-    noise, real_draws, fake_draws = randomness(t, len(batch.images))
+    noise, real_draws, fake_draws = randomness(t, len(images))
     set_learning_rates(t)
     t.guard.begin()
 
     with devices.autocast(noise.device, t.precision):
         # What CLIP sees. No graph goes through it for real images: MA-GP starts at its feature maps.
         with torch.no_grad():
-            real_maps = discriminator.prepare(t.feature_maps(augment(batch.images, real_draws)))  # (B, N, W, g, g)
+            real_maps = discriminator.prepare(t.feature_maps(augment(images, real_draws)))  # (B, N, W, g, g)
         real_maps.requires_grad_()
         fake_maps, fake_embeddings = t.see(augment(t.draw(noise, sentences.detach()), fake_draws))
         fake_maps = discriminator.prepare(fake_maps)
@@ -226,6 +222,7 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     table = captions.CaptionTable([item.captions for item in items])
     with distributed.first_process_first():
         sentences = captions.embed(table, clip, cache_folder(config.data))
+    captions.say_cut(table, clip, "training captions")
     batches = EpochBatches(
         table,
         config.train.batch_size,
@@ -263,131 +260,84 @@ def some_feature_maps(clip: FrozenClip, images: TrainingImages, place: torch.dev
     numbers = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int).tolist()
     batches = [numbers[i : i + 64] for i in range(0, len(numbers), 64)]
     seen = (torch.stack([images[Draw(0, number, 0, 0)][0] for number in batch]) for batch in batches)
-    return torch.cat([clip.feature_maps(batch.to(place)) for batch in seen])
+    return torch.cat([clip.feature_maps(to_floats(batch.to(place))) for batch in seen])
 
 
 def train(config: EasyDict, words: Sequence[str] = ()) -> None:
     """Train as `config` says, from the start or going on, and leave checkpoints, logs and grids behind.
 
     Args:
-        words: key=value words of the command line, to be repeated on resuming.
+        words: key=value words of the command line, without those that ask to resume.
     """
     started = time.time()
+    distributed.start()
+    start = resume.decide(config, list(words))
+    try:
+        _train(resume.resolved(config, start), start, list(words), started)
+    finally:
+        start.leave()
+
+
+def _train(config: EasyDict, start: resume.Start, words: list[str], started: float) -> None:
+    """`train` with the settings that hold, where it is decided which run goes on. `started`: the time limit's begin."""
     t, batches, loader, evaluator = prepare(config)
-    run, content = resume.find(config)
-    scores: dict[str, dict[str, float]] = {}  # columns of the closing table: start, end, best
+    content = resume.read(start)
+    scores: dict[str, dict[str, float]] = {}
     if content:
-        resume.check(config, content, t.clip.shape, len(batches) if run else None)
-        scores = restore(t, content, same_run=run is not None)
-    run = run or distributed.same(time.strftime("%Y-%m-%d_%H-%M-%S"))
-    save_folder = Path(config.log.save_dir) / config.name / run
-    monitor = Monitor(Path(config.log.dir) / config.name / run, config, t.epoch if scores else -1, t.step, len(batches))
+        resume.check(config, content, t.clip, len(batches) if start.place else None)
+        scores = restore(t, content, start.place)
+    start.enter(config, words)
+    t.run, save_folder = start.run, start.run.folder
+    monitor = Monitor(start.run, config, t.epoch if scores else -1, t.step, len(batches))
     trace = Trace(config.train.profile, monitor.folder)
-    if distributed.rank() == 0:
-        save_folder.mkdir(parents=True, exist_ok=True)
-        (save_folder / "config.yml").write_text(configuration.dump(config))
     distributed.say(
         f"{config.model.name} on {t.sentences.device} in {t.precision}: {len(loader.dataset)} training images, "
         f"{len(batches)} steps an epoch, epochs: {config.train.max_epoch}; logs in {monitor.folder}"
     )
     if t.epoch >= config.train.max_epoch:
         distributed.say(f"nothing left to train: {t.epoch} epochs are done; raise train.max_epoch to go on")
-    look_every, alone = LOOK_EVERY[t.sentences.device.type], distributed.world_size() == 1
+    again = f"{command('resume.sh')} {runs.quoted(t.run)}"
+    failure = None
     stop = Stop(config.train.max_hours, started)  # until here a signal ends the program: there is nothing to save
+    course = Course(
+        t,
+        config,
+        step=lambda batch: train_step(t, batch),
+        write=lambda scores, path: save(t, config, scores, len(batches), path),
+        batches=batches,
+        loader=loader,
+        evaluator=evaluator,
+        monitor=monitor,
+        trace=trace,
+        stop=stop,
+        scores=scores,
+        folder=save_folder,
+    )
     try:
-        if not scores:
-            with stop.at_once():
-                first, grid = evaluator(t.ema or t.generator), sample_grid(t, evaluator)
-            monitor.scores(first, evaluator.protocols, 0, 0)
-            monitor.grid(grid, 0, 0)
-            scores = {"start": first, "end": first, "best": first}
+        course.begin()
         while t.epoch < config.train.max_epoch:
-            # One pass over the images, or what is left of it
-            batches.epoch, batches.start = t.epoch, t.step - t.epoch * len(batches)
-            t.generator.train()
-            for batch in loader:
-                values = train_step(t, Batch(*(tensor.to(t.sentences.device, non_blocking=True) for tensor in batch)))
-                monitor.step(values, t.step)
-                trace.step()
-                look = t.step % look_every == 0 or t.step % len(batches) == 0
-                if look and int(t.guard.longest_row) >= config.train.max_bad_steps:
-                    raise diverged(t, save_folder)
-                if (look or alone) and distributed.any_process(stop.asked(), t.sentences.device):
-                    raise Stopped(stop.cause or "another process")
-
-            # At the stated intervals, and after the last: samples, scores, a checkpoint. The epoch counts as finished
-            # once they are there, so that a run that is stopped among them does them again.
-            epoch = t.epoch + 1
-            last = epoch == config.train.max_epoch
-            monitor.epoch(epoch, t.step)
-            if last or epoch % config.log.gen_interval == 0:
-                monitor.grid(sample_grid(t, evaluator), epoch, t.step)
-            if last or epoch % config.log.test_interval == 0:
-                with stop.at_once():
-                    scores["end"] = evaluator(t.ema or t.generator)
-                monitor.scores(scores["end"], evaluator.protocols, epoch, t.step)
-            t.epoch = epoch
-            if scores["end"] is not scores["best"] and evaluator.better(scores["end"], scores["best"]):
-                scores["best"] = scores["end"]
-                save(t, config, scores, len(batches), save_folder / "best.pth")
-            if last or epoch % config.log.save_interval == 0:
-                save(t, config, scores, len(batches), save_folder / f"state_epoch_{epoch:03}.pth")
-                checkpoint.keep_newest(save_folder, config.train.keep)
-    except Stopped as cause:
-        if scores:  # else nothing has been trained yet
-            save(t, config, scores, len(batches), save_folder / f"state_epoch_{t.epoch:03}_step_{t.step:08}.pth")
-        again = shlex.join([f"cfg/{config.name}.yml", *words])
-        distributed.say(f"\nstopped by {cause} and saved; go on with: {command('resume.sh')} {again}")
-        draw_course(t, monitor)
+            course.steps()
+            course.finish_epoch()
+    except (Exception, Stopped) as cause:
+        failure = course.leave(cause, again)
+        if failure is None:
+            draw_course(t, monitor)
     else:
-        distributed.say(f"\n{scores_table(scores)}\n")
-        monitor.hparams(scores["end"])
+        distributed.say(f"\n{scores_table(course.scores)}\n")
+        monitor.hparams(course.scores["end"])
         draw_course(t, monitor)
     finally:
         trace.close()
+        if t.run.lost:
+            monitor.active = False  # nothing more is written, whatever it still holds
         monitor.close()
         stop.close()
+        end_workers()
+    if failure is not None:
+        raise failure
     distributed.say(f"checkpoints  {save_folder}\nlogs, grids  {monitor.folder}")
     distributed.say(f"minutes      {(time.time() - started) / 60:.1f}")
     distributed.stop()
-
-
-def diverged(t: Training, save_folder: Path) -> UserError:
-    """What to say when nothing finite comes any more."""
-    good, row = checkpoint.newest_first(save_folder), int(t.guard.longest_row)
-    return UserError(
-        f"training diverged: {row} steps in a row (to step {t.step}) had a loss or gradient that is not "
-        f"finite; the last good checkpoint is {good[0] if good else 'not yet written'}. Lower train.lr_g and "
-        f"train.lr_d, set train.clip_grad or train.precision=fp32, then resume"
-    )
-
-
-def sample_grid(t: Training, evaluator: Evaluator) -> Image.Image:
-    """The same captions and noises each time, a column and a row each: captions of test images, drawn at
-    random; those images; what the averaged generator draws for them; and what the present one does."""
-    columns, noises = min(GRID[0], len(evaluator.items)), range(GRID[1])
-    numbers = np.random.default_rng(0).choice(len(evaluator.items), columns, replace=False).tolist()
-    rows = evaluator.table.starts[numbers]  # each image's first caption
-    test_images = TestImages(evaluator.items, t.generator.sizes[-1])
-    sentences = evaluator.sentences[devices.send(torch.from_numpy(rows), t.sentences.device)]
-    real, blocks, titles = torch.stack([test_images[number][0] for number in numbers]), [], ["real"]
-    for name, generator in (("averaged", t.ema), ("present", t.generator)):
-        if generator is None:
-            continue
-        training = generator.training
-        for number in noises:
-            noise = devices.send(seeded_noise(0, [number] * columns, generator.noise_dim), t.sentences.device)
-            blocks.append(generate(generator.eval(), noise, sentences, t.precision))
-            titles.append(f"{name}, noise {number}")
-        generator.train(training)
-    texts = [""] * columns * (len(titles) - 1) + [evaluator.table.texts[row] for row in rows]
-    return captioned_grid(torch.cat([real, *(block.cpu() for block in blocks)]), texts, columns, titles)
-
-
-def draw_course(t: Training, monitor: Monitor) -> None:
-    """The filmstrip, of the first row below the real images, and the curves of the run so far."""
-    networks = 1 if t.ema is None else 2
-    monitor.draw(t.generator.sizes[-1], rows=1 + GRID[1] * networks, row=1)
 
 
 def save(t: Training, config: EasyDict, scores: dict, epoch_steps: int, path: Path) -> None:
@@ -398,10 +348,14 @@ def save(t: Training, config: EasyDict, scores: dict, epoch_steps: int, path: Pa
     """
     if distributed.rank() > 0:
         return
+    if t.run:
+        t.run.confirm()
     content = {
         "format": checkpoint.FORMAT,
-        "config": configuration.kept(config),
-        "clip": t.clip.shape,
+        "run": t.run.id if t.run else None,
+        "saved": time.time(),
+        "config": configuration.kept_settings(config),
+        "clip": t.clip.identity,
         "epoch": t.epoch,
         "step": t.step,
         "epoch_steps": epoch_steps,
@@ -417,8 +371,8 @@ def save(t: Training, config: EasyDict, scores: dict, epoch_steps: int, path: Pa
     checkpoint.save(content, path)
 
 
-def restore(t: Training, content: dict, same_run: bool) -> dict[str, dict[str, float]]:
-    """Take over a checkpoint's networks and optimisers and, of the same run, its place; gives that place's scores."""
+def restore(t: Training, content: dict, place: bool) -> dict[str, dict[str, float]]:
+    """Take over a checkpoint's networks and optimisers and, if asked, its place; gives that place's scores."""
     t.generator.load_state_dict(content["generator"])
     t.discriminator.load_state_dict(content["discriminator"])
     if t.ema is not None:
@@ -427,7 +381,7 @@ def restore(t: Training, content: dict, same_run: bool) -> dict[str, dict[str, f
         optimizer.load_state_dict(content[name])
         for group in optimizer.param_groups:
             group["betas"] = (t.settings.beta1, t.settings.beta2)  # as the configuration says now
-    if not same_run:
+    if not place:
         return {}
     if content["scaler"]:  # empty where the run was not in fp16 until now
         t.scaler.load_state_dict(content["scaler"])

@@ -95,7 +95,7 @@ def build_folder(root: Path, keys: list[str]) -> Path:
 def read_items(layout: str, root: Path, split: str) -> list[Item]:
     """The items as training gets them."""
     data = {"layout": layout, "dir": str(root), "num_workers": 0, "enlarge": 1.0}
-    return usable_items(EasyDict(name="mine", data=data, model={"imsize": 16}), split)
+    return usable_items(EasyDict(file="cfg/mine.yml", data=data, model={"imsize": 16}), split)
 
 
 def refused(layout: str, root: Path, split: str, *parts: object) -> str:
@@ -110,7 +110,7 @@ def refused(layout: str, root: Path, split: str, *parts: object) -> str:
 
 
 def test_all_layouts_are_tested():
-    assert set(LAYOUTS) == {*KEYS, "folder"}
+    assert set(LAYOUTS) == set(KEYS)  # and tests/data/test_folder.py, test_parquet.py, test_shards.py
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -241,6 +241,16 @@ def test_empty_caption_files_are_named(content, tmp_path):
     root = build("face", tmp_path)
     path = write(root / "text/5.txt", content)
     refused("face", root, "test", path)
+
+
+def test_box_files_in_utf_16(tmp_path):
+    """As Windows writes them anew."""
+    root = build("bird", tmp_path)
+    expected = [item.box for item in read_items("bird", root, "train")]
+    for name in ("images.txt", "bounding_boxes.txt"):
+        path = root / "CUB_200_2011" / name
+        path.write_bytes(path.read_text().encode("utf-16"))
+    assert [item.box for item in read_items("bird", root, "train")] == expected
 
 
 @pytest.mark.parametrize("name", ["images.txt", "bounding_boxes.txt"])

@@ -1,5 +1,8 @@
 """Batches: each image once an epoch, the same for any number of processes and workers; crops and mirrors."""
 
+import math
+import resource
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ from ratlip.data import loader
 from ratlip.data.captions import CaptionTable
 from ratlip.data.layouts import Item
 from ratlip.data.loader import Draw, EpochBatches, TrainingImages, batch_size_for, training_loader
-from ratlip.errors import UserError
+from ratlip.errors import UserError, line
 
 
 def table(images: int) -> CaptionTable:
@@ -32,11 +35,9 @@ def saved(folder: Path, number: int, size: tuple[int, int]) -> tuple[Item, np.nd
 
 
 def levels_of(tensor: torch.Tensor) -> np.ndarray:
-    """(3, H, W) in [-1, 1] -> (H, W, 3) levels of 255."""
-    assert tensor.dtype == torch.float32 and tensor.min() >= -1 and tensor.max() <= 1
-    levels = (tensor.permute(1, 2, 0).double().numpy() + 1) * 127.5
-    np.testing.assert_allclose(levels, levels.round(), atol=1e-3)
-    return levels.round().astype(np.uint8)
+    """(3, H, W) bytes -> (H, W, 3)."""
+    assert tensor.dtype == torch.uint8
+    return tensor.permute(1, 2, 0).numpy()
 
 
 def windows(levels: np.ndarray, side: int) -> dict[bytes, tuple[int, int]]:
@@ -152,7 +153,9 @@ def test_workers_change_nothing(tmp_path):
     alone, by_workers = passes(0), passes(2)
     assert len(alone) == len(by_workers) == 4
     for one, other in zip(alone, by_workers, strict=True):
-        assert one.images.shape == (4, 3, 16, 16) and one.images.min() >= -1 and one.images.max() <= 1
+        assert one.images.shape == (4, 3, 16, 16) and one.images.dtype == torch.uint8
+        floats = loader.to_floats(one.images)
+        assert floats.dtype == torch.float32 and floats.min() >= -1 and floats.max() <= 1
         assert one.rows.dtype == one.mismatched_rows.dtype == torch.int64
         for found, expected in zip(one, other, strict=True):
             assert torch.equal(found, expected)
@@ -232,3 +235,99 @@ def test_evaluation_cuts_the_centre(size, reduced, corner, tmp_path):
 def test_lengths(tmp_path):
     items = [saved(tmp_path, number, (16, 16))[0] for number in range(3)]
     assert len(loader.TestImages(items, 16)) == len(TrainingImages(items, 16, 1.0, False, 0)) == 3
+
+
+def test_bytes_become_the_numbers_that_they_stand_for():
+    levels = torch.arange(256, dtype=torch.uint8)
+    expected = np.arange(256, dtype=np.float32) / np.float32(127.5) - np.float32(1)
+    assert np.array_equal(loader.to_floats(levels).numpy(), expected)
+    assert torch.equal(loader.to_floats(loader.to_floats(levels)), torch.from_numpy(expected))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_makes_the_same_numbers():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(loader.to_floats(levels.cuda()).cpu(), loader.to_floats(levels))
+
+
+@pytest.mark.parametrize(
+    ("workers", "room", "expected"),
+    [
+        (4, math.inf, (4, 2)),
+        (4, 1000, (4, 2)),  # ten batches: eight, one that is trained on, one that comes
+        (4, 999, (4, 1)),
+        (4, 600, (4, 1)),
+        (4, 599, (3, 1)),
+        (2, 599, (2, 1)),
+        (1, 400, (1, 2)),
+        (4, 300, (1, 1)),
+        (4, 299, (0, None)),
+        (4, 0, (0, None)),
+        (0, math.inf, (0, None)),
+    ],
+)
+def test_as_many_processes_load_as_there_is_room_for(workers, room, expected):
+    assert loader.affordable(workers, 100, room) == expected
+
+
+def test_room_is_shared_by_the_processes_of_a_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "SHARED", tmp_path)
+    free = shutil.disk_usage(tmp_path).free
+    assert loader.room() == pytest.approx(free * 7 / 8, rel=0.01)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert loader.room() == pytest.approx(free * 7 / 32, rel=0.01)
+    monkeypatch.setattr(loader, "SHARED", tmp_path / "none")
+    assert loader.room() == 0
+
+
+def test_little_shared_memory_is_said_and_changes_nothing(tmp_path, monkeypatch, capsys):
+    items = [saved(tmp_path, number, (20, 26))[0] for number in range(9)]
+    found = {}
+    for room in (math.inf, 3.5 * 3 * loader.PAGE, 100):
+        monkeypatch.setattr(loader, "room", lambda room=room: room)
+        batches = EpochBatches(table(9), 4, seed=5)  # of 4 * 3 * 16 * 16 bytes, a page, and two of numbers
+        loading = training_loader(TrainingImages(items, 16, 1.2, True, seed=5), batches, 2, pin=False)
+        found[loading.num_workers] = list(loading), capsys.readouterr().out
+    assert list(found) == [2, 1, 0]
+    assert not found[2][1] and found[1][1].startswith("1 of 2 processes load images, 1 batch each: /dev/shm has ")
+    assert found[0][1].startswith("the training process loads images by itself: /dev/shm has ")
+    for number in (0, 1):
+        assert f"docker run --shm-size=1m); data.num_workers={number} asks for no more" in found[number][1]
+        for one, other in zip(found[number][0], found[2][0], strict=True):
+            assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+
+
+def test_want_of_shared_memory_reaches_the_training(tmp_path):
+    """A process may write no file as large as a batch: as where /dev/shm is full."""
+    items = [saved(tmp_path, number, (64, 64))[0] for number in range(9)]
+    batches = EpochBatches(table(9), 8, seed=5)
+    loading = training_loader(TrainingImages(items, 64, 1, False, seed=5), batches, 1, pin=False)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        left = iter(loading)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(RuntimeError) as found:
+        next(left)
+    assert "no shared memory left" in line(found.value)
+
+
+def test_an_image_is_tried_again(tmp_path, monkeypatch):
+    item, levels = saved(tmp_path, 0, (16, 16))
+    away = item.image.rename(tmp_path / "away")
+    slept = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            away.rename(item.image)
+
+    monkeypatch.setattr(loader.time, "sleep", sleep)
+    images = TrainingImages([item], 16, 1.0, False, seed=0)
+    assert np.array_equal(levels_of(images[Draw(0, 0, 4, 7)][0]), levels) and slept == list(loader.PAUSES[:3])
+    item.image.unlink()
+    with pytest.raises(UserError, match="0.png: cannot be decoded"):
+        images[Draw(0, 0, 4, 7)]
+    assert slept[3:] == list(loader.PAUSES)

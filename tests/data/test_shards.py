@@ -29,12 +29,13 @@ RECORDER = """
 import json, os, runpy, sys
 from pathlib import Path
 from ratlip import trainer
+from ratlip.data.loader import to_floats
 
 steps, step = [], trainer.train_step
 
 
 def recorded(t, batch):
-    means = batch.images.mean((2, 3))  # (B, 3), flat pictures
+    means = to_floats(batch.images).mean((2, 3))  # (B, 3), flat pictures
     steps.append([[row, mean] for row, mean in zip(batch.rows.tolist(), means.tolist())])
     return step(t, batch)
 
@@ -314,7 +315,11 @@ def test_names_that_are_not_utf8(words, tmp_path, call):
     """As unpacked on an old Windows, and packed again."""
     names = [f"caf\udce9_{n}" for n in NUMBERS]
     files = [("caf\udce9.cls", b"x")]
-    files += [file for name in names for file in ((f"{name}.jpg", encoded((9, 8, 7))), (f"{name}.txt", b"a caption"))]
+    files += [
+        file
+        for name in names
+        for file in ((f"{name}.jpg", encoded((9, 8, 7))), (f"{name}.txt", f"caption {name[-5:]}".encode()))
+    ]
     with tarfile.open(tmp_path / "old.tar", "w", format=tarfile.GNU_FORMAT) as file:
         for name, content in files:
             info = tarfile.TarInfo(name)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from easydict import EasyDict
 from helpers import SALT, relative_error, released_weights
+from safetensors.torch import save_file
 from torchvision.models import inception_v3
 
 from ratlip.errors import UserError
@@ -106,6 +107,20 @@ def test_clip_space_is_known_by_its_weights(small_clip):
         other = ClipSpace(EasyDict(), small_clip)
         small_clip.clip.visual.proj -= 1
     assert other.checksum != space.checksum
+
+
+@pytest.mark.parametrize(("space", "file", "key"), [
+    (InceptionSpace, "inception_file", "inception_weights"),
+    (ReleasedInceptionSpace, "released_file", "inception_released_weights"),
+])  # fmt: skip
+def test_safetensors_are_the_same_weights(space, file, key, small_clip, request, tmp_path):
+    path = request.getfixturevalue(file)
+    save_file(torch.load(path, weights_only=True), tmp_path / "weights.safetensors")
+    held = []
+    for named in (path, tmp_path / "weights.safetensors"):
+        made = space(EasyDict({"eval": {**NOWHERE, key: str(named)}}), small_clip)
+        held.append(next(part for part in vars(made).values() if isinstance(part, torch.nn.Module)).state_dict())
+    assert held[0] and all(torch.equal(value, held[1][name]) for name, value in held[0].items())
 
 
 def test_padding_repeats_the_last_row():

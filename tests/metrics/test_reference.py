@@ -45,7 +45,7 @@ def test_measured_saved_and_read_back(items, tmp_path, keeps):
     before = torch.random.get_rng_state()
     found = reference.measure(pictures, space, CPU, 3, 0, "here")
     assert torch.equal(torch.random.get_rng_state(), before)
-    colours = np.stack([pictures[i][0].mean((1, 2)).numpy() for i in range(7)]).astype(np.float64)
+    colours = np.stack([loader.to_floats(pictures[i][0]).mean((1, 2)).numpy() for i in range(7)]).astype(np.float64)
     np.testing.assert_allclose(found.gaussian.mean, colours.mean(0), atol=1e-6)
     np.testing.assert_allclose(found.gaussian.covariance, np.cov(colours.T), atol=1e-6)
 

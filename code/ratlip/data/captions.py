@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
@@ -32,6 +33,17 @@ class CaptionTable:
     def __init__(self, captions: Sequence[Sequence[str]]):
         self.texts = [text for own in captions for text in own]
         self.starts = np.cumsum([0] + [len(own) for own in captions])
+        self.cut: list[int] = []  # rows of captions that are longer than CLIP reads; `embed` finds them
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """A number for each distinct text."""
+        return {text: number for number, text in enumerate(dict.fromkeys(self.texts))}
+
+    @cached_property
+    def text_numbers(self) -> np.ndarray:
+        """The number of each row's text (R,)."""
+        return np.array([self.numbers[text] for text in self.texts])
 
     def own(self, image: int) -> list[str]:
         """The captions of an image."""
@@ -56,16 +68,29 @@ class CaptionTable:
             own = set(self.own(image))
             first = () if preferred is None else preferred[i]
             others = (rows[(i + shift) % len(rows)] for shift in range(1, len(rows)))
-            anywhere = (int(rows[i] + shift) % len(self.texts) for shift in range(1, len(self.texts)))
-            result.append(next(row for row in chain(first, others, anywhere) if self.texts[row] not in own))
+            other = next((row for row in chain(first, others) if self.texts[row] not in own), None)
+            result.append(self._next_other(int(rows[i]), own) if other is None else other)
         return np.array(result)
+
+    def _next_other(self, row: int, own: set[str]) -> int | None:
+        """The first row after `row`, from the last on to the first, whose text is none of `own`. Where captions are
+        names of classes it can be far away: rows are looked at in blocks, each twice as long."""
+        unwanted, count, start, length = [self.numbers[text] for text in own], len(self.texts), row + 1, 64
+        while start < row + count:
+            block = np.arange(start, min(start + length, row + count)) % count
+            found = block[~np.isin(self.text_numbers[block], unwanted)]
+            if len(found):
+                return int(found[0])
+            start, length = start + length, 2 * length
+        return None
 
 
 def embed(table: CaptionTable, clip: FrozenClip, cache: Path | None = None) -> Tensor:
     """Sentence embeddings of every caption row (R, E), float32 on the CPU; each distinct text is encoded once.
+    `table.cut` then has the rows whose end CLIP does not read.
 
     Args:
-        cache: folder that keeps them. A file is named by a hash of the CLIP weights and the captions, so that
+        cache: folder that keeps them. A file is named by a hash of the CLIP and the captions, so that
             one made by another CLIP or from other captions is never used. An interruption costs one batch. Of
             several runs at once one encodes and the others wait; on a file system without locks all encode.
     """
@@ -73,38 +98,64 @@ def embed(table: CaptionTable, clip: FrozenClip, cache: Path | None = None) -> T
     place = {text: i for i, text in enumerate(distinct)}
     order = [place[text] for text in table.texts]
     if cache is None:
+        table.cut = find_cut(table.texts, clip)
         return _encode(distinct, clip, None)[order]
     path = cache / f"captions_{_fingerprint(table.texts, clip)}.pt"
     rows = path.with_suffix(".rows")  # those encoded so far
-    if (sentences := _read(path, len(order))) is not None:
-        return sentences
+    if (kept := _read(path, len(order))) is not None:
+        return _take(kept, table, clip)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with open(os.open(rows, os.O_RDWR | os.O_CREAT, 0o666), "rb+") as file:
             with suppress(OSError):  # without locks: each then writes the same rows to the same places
                 fcntl.flock(file, fcntl.LOCK_EX)  # another run may be at it, and is then waited for
-            if (sentences := _read(path, len(order))) is None:
-                sentences = _encode(distinct, clip, file)[order]
-                _write(sentences, path)
+            if (kept := _read(path, len(order))) is None:
+                kept = {"sentences": _encode(distinct, clip, file)[order], "cut": find_cut(table.texts, clip)}
+                _write(kept, path)
             rows.unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(rows, error) from None
-    return sentences
+    return _take(kept, table, clip)
 
 
-def _read(path: Path, count: int) -> Tensor | None:
-    """The embeddings in a cache file; None where there is none, or a damaged one."""
+def say_cut(table: CaptionTable, clip: FrozenClip, what: str) -> None:
+    """One line where captions of an embedded table are cut, with the first. `what`: such as "training captions"."""
+    if table.cut:
+        count, first = f"{len(table.cut):,} of {len(table.texts):,} {what}", table.texts[table.cut[0]]
+        longer = f"are longer than the {clip.context_length} tokens that CLIP reads, and are cut"
+        distributed.say(f"{count} {longer}; the first: {first!r}")
+
+
+def find_cut(texts: Sequence[str], clip: FrozenClip) -> list[int]:
+    """Numbers of the texts that `clip.tokenize` cuts."""
+    # A token is a byte or more, and two mark the ends: most captions are too short for the tokenizer to be asked.
+    longer = [number for number, text in enumerate(texts) if len(text.encode()) > clip.context_length - 2]
+    found = []
+    for batch in (longer[i : i + EMBED_BATCH] for i in range(0, len(longer), EMBED_BATCH)):
+        cut = clip.cuts([texts[number] for number in batch])
+        found += [number for number, own in zip(batch, cut, strict=True) if own]
+    return found
+
+
+def _read(path: Path, count: int) -> dict | None:
+    """What a cache file holds; None where there is none, or a damaged one."""
     try:
-        sentences = checkpoint.read(path)["sentences"]
+        kept = checkpoint.read(path)
+        return kept if len(kept["sentences"]) == count else None
     except (UserError, KeyError):
         return None
-    return sentences if len(sentences) == count else None
 
 
-def _write(sentences: Tensor, path: Path) -> None:
+def _take(kept: dict, table: CaptionTable, clip: FrozenClip) -> Tensor:
+    """The embeddings of a cache file; files of earlier versions do not say which captions are cut."""
+    table.cut = kept["cut"] if "cut" in kept else find_cut(table.texts, clip)
+    return kept["sentences"]
+
+
+def _write(kept: dict, path: Path) -> None:
     try:
         with replacing(path) as file:
-            torch.save({"sentences": sentences}, file)
+            torch.save(kept, file)
     except RuntimeError as error:  # how torch reports a full disk
         raise UserError(f"{path}: cannot be written; is the disk full? ({first_line(error)})") from None
 
@@ -144,8 +195,9 @@ def _encoded(rows: BinaryIO, dim: int) -> np.ndarray:
 
 
 def _fingerprint(texts: Sequence[str], clip: FrozenClip) -> str:
-    digest = hashlib.sha256("\n".join(texts).encode())
+    digest = hashlib.sha256("\n".join(texts).encode(errors="surrogateescape"))
     for name, weight in clip.clip.state_dict().items():
         if not name.startswith("visual."):
             digest.update(weight.cpu().numpy().tobytes())
+    digest.update(clip.unlike_openai(image=False).encode())
     return digest.hexdigest()[:16]

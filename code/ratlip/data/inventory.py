@@ -1,6 +1,7 @@
 """Which items of a data set can be used, and its images resized: found out once, kept beside the data."""
 
 import hashlib
+import shlex
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,9 @@ from typing import NamedTuple
 from easydict import EasyDict
 
 from ratlip import distributed
-from ratlip.data import shards
+from ratlip.data import parquet, shards
+from ratlip.data.files import counted
+from ratlip.data.items import LEFT_OUT
 from ratlip.data.journal import Journal, complete, file_state
 from ratlip.data.layouts import DECODING, Item, Problem, open_image, read_bytes, read_items
 from ratlip.data.loader import resize_shorter
@@ -40,8 +43,9 @@ class Stock(NamedTuple):
 
 
 def cache_folder(data: EasyDict) -> Path:
-    """Where what is found out about a data set is kept: `cache` in its folder, or in its shards' folder."""
-    return (shards.folder(data.dir) if data.layout == "webdataset" else Path(data.dir)) / "cache"
+    """Where what is found out about a data set is kept: `cache` in its folder, or in that of its shards or files."""
+    files = data.layout in ("webdataset", "parquet") and not Path(data.dir).is_dir()
+    return (shards.folder(data.dir) if files else Path(data.dir)) / "cache"
 
 
 def take_stock(data: EasyDict, split: str) -> Stock:
@@ -59,6 +63,8 @@ def take_stock(data: EasyDict, split: str) -> Stock:
     cache = cache_folder(data)
     if data.layout == "webdataset":
         items, problems = shards.read_shards(data, split, cache)
+    elif data.layout == "parquet":
+        items, problems = parquet.read_parquet(data, split, cache)
     else:
         items, problems = read_items(data.layout, Path(data.dir), split)
     journal = Journal(cache / f"images_{split}.jsonl", CHECK)
@@ -90,17 +96,19 @@ def usable_items(config: EasyDict, split: str) -> list[Item]:
     """
     stock = take_stock(config.data, split)
     lost = [problem.message for problem in stock.lost]
-    more = f"{command('prepare.sh')} cfg/{config.name}.yml lists all"
+    more = f"{command('prepare.sh')} {shlex.quote(config.file)} lists all"
     if too_many_lost(stock) or not stock.items:
         for problem in sorted(stock.problems, key=lambda problem: not problem.lost)[:LISTED]:
             distributed.say(problem.message)
         if len(stock.problems) > LISTED:
             distributed.say(f"and {len(stock.problems) - LISTED} more; {more}")
         raise refusal(config.data, stock)
+    if left_out := [problem.message for problem in stock.problems if problem.kind == LEFT_OUT]:
+        distributed.say(f"left out: {counted([message.partition(': ')[0] for message in left_out])}; {more}")
     if lost:
         named = "; ".join(lost[:NAMED])
         distributed.say(f"warning: {loss(stock)} and left out: {named}{'; ' + more if len(lost) > NAMED else ''}")
-    kinds = Counter(problem.kind for problem in stock.problems if not problem.lost)
+    kinds = Counter(problem.kind for problem in stock.problems if not problem.lost and problem.kind != LEFT_OUT)
     for kind, count in kinds.items():
         first = next(problem.message for problem in stock.problems if problem.kind == kind)
         distributed.say(f"{split}: {kind} ({count:,}): {first}{'; ' + more if count > 1 else ''}")

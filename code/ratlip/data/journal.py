@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ratlip import distributed
 from ratlip.disk import cannot_write
+from ratlip.stopping import begin_worker
 
 
 class Journal:
@@ -102,6 +103,7 @@ def complete(
         together,
         num_workers=num_workers,
         collate_fn=list,
+        worker_init_fn=begin_worker,
         generator=torch.Generator(),  # of its own: whether there is work must not change what a run draws later
     )
     done, started = 0, time.perf_counter()

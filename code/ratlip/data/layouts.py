@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -17,44 +16,20 @@ from tqdm import tqdm
 
 from ratlip import distributed
 from ratlip.data import demo
+from ratlip.data.folder import read_folder
+from ratlip.data.items import Item, Problem
 from ratlip.errors import UserError, first_line
 from ratlip.paths import full
+from ratlip.text import existing, read_captions, read_text, why_none
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 MAX_PIXELS = 64_000_000  # of an image; larger ones would take hundreds of megabytes in each worker
 MAX_PROPORTION = 32  # longer to shorter side; the shorter one is resized to what training needs, however long the other
 DECODING = 2  # version of `decode`: where it gives other pixels than before, what was made from them is made anew
 PROFILED = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}  # a profile's colour space: Pillow's mode
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 ROUNDING = 2  # levels of 255; a profile that moves no colour further is sRGB, written by another program
-SPLIT_SEED = 0  # of the 90/10 split of a data set that has no lists, or no test shards
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode refuses earlier than Pillow warns
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One captioned image. `box` is a bounding box (x, y, width, height) in pixels, for birds."""
-
-    key: str
-    image: Path
-    captions: list[str]
-    box: tuple[float, float, float, float] | None = None
-    span: tuple[int, int] | None = None  # the image's first byte and length, where `image` is a tar shard
-    content: str | None = None  # hash of the image's bytes, once they have been read
-
-    @property
-    def place(self) -> str:
-        """Where the image lies, for messages."""
-        return str(self.image) if self.span is None else f"{self.image}: {Path(self.key).name}"
-
-
-class Problem(NamedTuple):
-    """Something wrong with one item of a data set."""
-
-    kind: str
-    message: str  # begins with the file
-    lost: bool = True  # whether the item cannot be used
 
 
 @dataclass(frozen=True)
@@ -75,7 +50,6 @@ LAYOUTS = {
     "coco": Layout(
         "images/{subset}/jpg/{key}.jpg", "text/{key}.txt", subsets={"train": "train2014", "test": "val2014"}
     ),
-    "folder": Layout("images/{key}.*", "text/{key}.txt", "{split}.txt"),
 }
 
 
@@ -83,7 +57,7 @@ def read_items(layout_name: str, root: Path, split: str) -> tuple[list[Item], li
     """The captioned images of a split, and what is wrong with those that cannot be used; no image is opened.
 
     Args:
-        layout_name: a key of LAYOUTS, or "demo", which is the folder layout and is made here where it is missing.
+        layout_name: a key of LAYOUTS; "folder"; or "demo", which is such a folder and is made here where it is missing.
         root: the data set's folder. split: "train" or "test".
 
     Raises:
@@ -91,20 +65,17 @@ def read_items(layout_name: str, root: Path, split: str) -> tuple[list[Item], li
     """
     if layout_name == "demo":
         demo.write(root)
-        layout_name = "folder"
-    layout = LAYOUTS[layout_name]
     if not root.is_dir():
         raise UserError(f"data.dir: no folder {full(root)}; README.md says where each data set comes from")
-    images = _images_by_key(root) if layout_name == "folder" else None
-    keys = _folder_keys(root, split, images) if images is not None else _pickled_keys(root, layout, split)
+    if layout_name in ("demo", "folder"):
+        return read_folder(root, split)
+    layout = LAYOUTS[layout_name]
+    keys = _pickled_keys(root, layout, split)
     boxes = _read_boxes(root / layout.boxes) if layout.boxes else {}
     items, problems, seen = [], [], set()
     for key in tqdm(keys, f"{split} captions", unit="file", leave=False, disable=distributed.rank() > 0 or None):
         names = {"key": key, "stem": key.split(".")[0], "split": split, "subset": layout.subsets.get(split, split)}
-        path, text = root / layout.image.format(**names), root / layout.text.format(**names)
-        if images is not None:
-            path, *others = images.get(key, [path])
-            problems += [Problem("key twice", f"{other}: the key of {path}, which is used", False) for other in others]
+        path, text = (existing(root / place.format(**names)) for place in (layout.image, layout.text))
         if key in seen:
             problems.append(Problem("key twice", f"{root}: {split} lists {key!r} twice; used once", lost=False))
         elif key.startswith("/") or ".." in Path(key).parts:
@@ -114,40 +85,17 @@ def read_items(layout_name: str, root: Path, split: str) -> tuple[list[Item], li
         elif not text.is_file():
             problems.append(Problem("missing captions", f"{text}: no such caption file"))
         elif not (captions := read_captions(text.read_bytes())):
-            problems.append(Problem("empty captions", f"{text}: holds no caption"))
+            problems.append(Problem("empty captions", f"{text}: {why_none(text.read_bytes())}"))
         elif layout.boxes and key not in boxes:
             problems.append(Problem("missing box", f"{root / layout.boxes}/bounding_boxes.txt: no box for {key}"))
         else:
             items.append(Item(key, path, captions, boxes.get(key)))
         seen.add(key)
-    if images is not None and split == "train":
-        problems += [
-            Problem("captions without image", f"{path}: there is no image images/{key}.*", lost=False)
-            for path in sorted((root / "text").rglob("*.txt"))
-            if (key := path.relative_to(root / "text").with_suffix("").as_posix()) not in seen.union(images)
-        ]
     return items, problems
 
 
-def read_captions(content: bytes) -> list[str]:
-    """The captions in a text file, one a line; empty lines do not count. Not UTF-8: read as Latin-1."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = content.decode("latin-1")
-    captions = [line.strip() for line in re.split(r"[\r\n]+", text)]
-    return [caption for caption in captions if caption]
-
-
-def held_out(keys: list[str], split: str) -> list[str]:
-    """A tenth of `keys` for the test split, the others for training: drawn, always the same."""
-    drawn = np.random.default_rng(SPLIT_SEED).permutation(sorted(keys)).tolist()
-    tests = max(1, round(len(drawn) / 10))
-    return sorted(drawn[:tests] if split == "test" else drawn[tests:])
-
-
 def read_bytes(item: Item) -> bytes:
-    """The image file of an item, or its part of a shard."""
+    """The image file of an item, or its part of a file that holds many."""
     start, length = item.span or (0, -1)
     with open(item.image, "rb") as file:
         file.seek(start)
@@ -308,34 +256,6 @@ def _pickled_keys(root: Path, layout: Layout, split: str) -> list[str]:
     return [key.strip() for key in keys]
 
 
-def find_pictures(folder: Path) -> list[Path]:
-    """The picture files below a folder, sorted."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise UserError(f"{folder}: no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}) below it")
-    return paths
-
-
-def _images_by_key(root: Path) -> dict[str, list[Path]]:
-    """Pictures below images/ by their path without suffix, of which there should be one each."""
-    folder = root / "images"
-    images: dict[str, list[Path]] = {}
-    for path in find_pictures(folder):
-        images.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
-    return images
-
-
-def _folder_keys(root: Path, split: str, images: dict[str, list[Path]]) -> list[str]:
-    lists = {name: root / f"{name}.txt" for name in ("train", "test")}
-    missing = [path for path in lists.values() if not path.is_file()]
-    if len(missing) == 1:
-        raise UserError(f"{missing[0]}: missing; give key lists for both splits, or for neither")
-    listed = lists[split]
-    if not missing:
-        return [line.strip() for line in listed.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    return held_out(list(images), split)
-
-
 def _read_boxes(folder: Path) -> dict[str, tuple[float, float, float, float]]:
     """CUB's bounding boxes by key, from its images.txt (id path) and bounding_boxes.txt (id x y width height)."""
     path = folder / "bounding_boxes.txt"
@@ -354,5 +274,5 @@ def _numbered_lines(path: Path) -> dict[str, str]:
     """What stands after the number that begins each line, by that number."""
     if not path.is_file():
         raise UserError(f"{path}: missing; it comes with CUB-200-2011")
-    lines = (line.strip().partition(" ") for line in path.read_text().splitlines() if line.strip())
+    lines = (line.strip().partition(" ") for line in read_text(path).splitlines() if line.strip())
     return {number: rest.strip() for number, _, rest in lines}

@@ -1,5 +1,9 @@
 """Batches of captioned images, the same whatever the number of workers and processes."""
 
+import math
+import shutil
+import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -11,16 +15,21 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, get_worker_info
 
+from ratlip import device as devices
+from ratlip import distributed
 from ratlip.augment import shift
 from ratlip.data.captions import CaptionTable
 from ratlip.data.layouts import Item, open_image, open_plain
 from ratlip.errors import UserError
-from ratlip.stopping import ignore_signals
+from ratlip.stopping import begin_worker
 
 BATCH_SIZE = 64  # published; where `train.batch_size` is null
 OPEN_SHARDS = 16  # that an epoch draws from at any time
+PAUSES = (0.5, 1, 2, 4)  # seconds, before an image that could be read before is tried again
+SHARED = Path("/dev/shm")  # where Linux keeps what processes share
+PAGE = 4096  # bytes, of which shared memory takes whole ones
 
 # More workers than cores do no harm: they wait for the disk, and the default is meant for larger machines.
 warnings.filterwarnings("ignore", "This DataLoader will create")
@@ -38,7 +47,7 @@ class Draw(NamedTuple):
 class Batch(NamedTuple):
     """What the training step reads; the rows point into the table of sentence embeddings."""
 
-    images: Tensor  # (B, 3, S, S) in [-1, 1]
+    images: Tensor  # (B, 3, S, S): bytes as they are loaded, or float32 in [-1, 1]
     rows: Tensor  # (B,) int64
     mismatched_rows: Tensor  # (B,) int64
 
@@ -138,11 +147,11 @@ class TrainingImages(Dataset):
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int]:
         rng = np.random.default_rng((self.seed, draw.epoch, draw.image))
-        image = resize_shorter(open_image(self.items[draw.image]), int(self.imsize * self.enlarge))
+        image = resize_shorter(open_again(self.items[draw.image]), int(self.imsize * self.enlarge))
         image = crop(image, self.imsize, *rng.random(2))
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return to_tensor(image), draw.row, draw.mismatched_row
+        return to_bytes(image), draw.row, draw.mismatched_row
 
 
 class TestImages(Dataset):
@@ -155,7 +164,8 @@ class TestImages(Dataset):
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return to_tensor(crop(resize_shorter(open_image(self.items[index]), self.imsize), self.imsize, 0.5, 0.5)), index
+        image = resize_shorter(open_again(self.items[index]), self.imsize)
+        return to_bytes(crop(image, self.imsize, 0.5, 0.5)), index
 
 
 class EnlargedTestImages(Dataset):
@@ -179,7 +189,8 @@ class EnlargedTestImages(Dataset):
             image = image.flip(-1)
         if copy > 1:
             shares = np.random.default_rng((number, copy)).uniform(-self.most, self.most, (1, 2))
-            image = shift(image[None], shares)[0]
+            moved = shift(image[None].float(), shares)
+            image = moved[0].byte()  # it moves by whole pixels: nothing is rounded
         return image, index
 
 
@@ -193,17 +204,48 @@ class Pictures(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return to_tensor(open_plain(self.paths[index])), index
+        return to_bytes(open_plain(self.paths[index])), index
 
 
-def same_size_batches(samples: Sequence[tuple[Tensor, int]]) -> list[tuple[Tensor, Tensor]]:
-    """(image, number) pairs -> for each size among them, images (B, 3, H, W) and numbers (B,)."""
+def picture_batches(
+    pictures: Dataset, batch_size: int, num_workers: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of a data set of (image, number): images (B, 3, H, W) in [-1, 1] on the device, and numbers
+    (B,); B <= `batch_size` of one size."""
+    loader = DataLoader(
+        Subset(pictures, range(distributed.rank(), len(pictures), distributed.world_size())),
+        batch_size,
+        num_workers=num_workers,
+        collate_fn=same_size_batches,
+        worker_init_fn=begin_worker,
+        generator=torch.Generator(),  # of its own: it would otherwise take a number from the training's
+    )
+    for groups in loader:
+        for images, numbers in groups:
+            yield to_floats(devices.send(torch.from_numpy(images), device)), torch.tensor(numbers)
+
+
+def same_size_batches(samples: Sequence[tuple[Tensor, int]]) -> list[tuple[np.ndarray, list[int]]]:
+    """(image, number) pairs -> for each size among them, images (B, 3, H, W) and their B numbers.
+
+    Arrays, which cross processes through a pipe: nobody knows how much shared memory pictures of any size take.
+    """
 
     def size(sample: tuple[Tensor, int]) -> tuple[int, ...]:
         return tuple(sample[0].shape)
 
     groups = (list(group) for _, group in groupby(sorted(samples, key=size), key=size))
-    return [(torch.stack([i for i, _ in group]), torch.tensor([n for _, n in group])) for group in groups]
+    return [(torch.stack([i for i, _ in group]).numpy(), [n for _, n in group]) for group in groups]
+
+
+def open_again(item: Item) -> Image.Image:
+    """`open_image` of an item that could be read before: what fails now is tried again after each of PAUSES."""
+    for pause in PAUSES:
+        try:
+            return open_image(item)
+        except UserError:
+            time.sleep(pause)
+    return open_image(item)
 
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:
@@ -219,9 +261,17 @@ def crop(image: Image.Image, size: int, x: float, y: float) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture -> (3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
+def to_bytes(image: Image.Image) -> Tensor:
+    """RGB picture -> (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def to_floats(images: Tensor) -> Tensor:
+    """Bytes of any shape -> float32 in [-1, 1], the same on every device; floats stay."""
+    if images.is_floating_point():
+        return images
+    # A GPU would multiply by the rounded inverse of a plain number.
+    return images.float().div_(torch.full((), 127.5, device=images.device)).sub_(1)
 
 
 def shard_numbers(items: Sequence[Item]) -> np.ndarray | None:
@@ -233,19 +283,68 @@ def shard_numbers(items: Sequence[Item]) -> np.ndarray | None:
 
 
 def training_loader(dataset: TrainingImages, batches: EpochBatches, num_workers: int, pin: bool) -> DataLoader:
-    """Yields Batch; call `batches.epoch = n` before each pass."""
+    """Yields Batch; call `batches.epoch = n` before each pass. As many processes load as shared memory has room for."""
+    share = batches.batch_size // batches.world_size
+    size = (share * 3 * dataset.imsize**2 // PAGE + 3) * PAGE  # the images, and a page for each of the others
+    loading, ready = affordable(num_workers, size, room())
+    if (loading, ready) != affordable(num_workers, size, math.inf):
+        distributed.say(less_than_asked(num_workers, loading, ready, size))
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
+        num_workers=loading,
+        prefetch_factor=ready,
+        persistent_workers=loading > 0,
         pin_memory=pin,
         collate_fn=collate,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=begin_worker,
+    )
+
+
+def room() -> float:
+    """Bytes of shared memory that this process may fill: its part of what is free, less an eighth."""
+    if sys.platform != "linux":
+        return math.inf
+    try:
+        total, _, free = shutil.disk_usage(SHARED)
+    except OSError:  # there is none
+        return 0
+    return free * 7 / 8 / distributed.local_world_size() if total else math.inf  # none in all: without a limit
+
+
+def affordable(num_workers: int, size: int, room: float) -> tuple[int, int | None]:
+    """How many processes load, and how many batches of `size` bytes each holds ready: two, or as there is room.
+
+    Beside them there is the batch that the training has, and the one that it is getting.
+    """
+    batches = max(0, min(2 * num_workers, room // size - 2))
+    loading = int(min(num_workers, batches))
+    return loading, int(batches // loading) if loading else None
+
+
+def less_than_asked(num_workers: int, loading: int, ready: int | None, size: int) -> str:
+    """The line that says so, and what would do."""
+    needed = math.ceil((2 * num_workers + 2) * size * distributed.local_world_size() * 8 / 7 / 2**20)
+    who = "the training process loads images by itself"
+    if loading:
+        who = f"{loading} of {num_workers} processes load images, {ready} batch{'es' * (ready == 2)} each"
+    free = shutil.disk_usage(SHARED).free / 2**20 if SHARED.is_dir() else 0
+    return (
+        f"{who}: {SHARED} has {free:.1f} MiB free, a batch takes {size / 2**20:.1f}, and "
+        f"data.num_workers={num_workers} needs {needed} (docker run --shm-size={needed}m); "
+        f"data.num_workers={loading} asks for no more"
     )
 
 
 def collate(samples: Sequence[tuple[Tensor, int, int]]) -> Batch:
-    """Samples of TrainingImages -> Batch."""
+    """Samples of TrainingImages -> Batch.
+
+    A process that loads puts it into shared memory here, where want of it is an error that reaches the training.
+    """
     images, rows, mismatched = zip(*samples, strict=True)
-    return Batch(torch.stack(images), torch.tensor(rows), torch.tensor(mismatched))
+    batch = Batch(torch.empty(len(images), *images[0].shape, dtype=torch.uint8), *map(torch.tensor, (rows, mismatched)))
+    if get_worker_info() is not None:
+        for tensor in batch:
+            tensor.share_memory_()
+    torch.stack(images, out=batch.images)
+    return batch

@@ -5,21 +5,20 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from easydict import EasyDict
-from PIL import Image
 
+from ratlip.data.files import is_picture
+from ratlip.data.items import Item, Problem, held_out
 from ratlip.data.journal import Journal, complete, file_state
-from ratlip.data.layouts import Item, Problem, held_out, read_captions
 from ratlip.errors import UserError, first_line
+from ratlip.text import read_captions
 
 INDEX = 2  # version of what `index` finds
 TEXTS = ("txt", "text", "caption", "transcript")  # suffixes of caption files; json is read where there is none
 CAPTION_KEYS = ("caption", "captions", "text")  # of a json file; the first that is there
-NOT_DECODED = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}  # formats that Pillow knows by name only
 NAMED = 3  # files, or suffixes, in a message
 
 
@@ -33,7 +32,7 @@ class File(NamedTuple):
 
     @property
     def is_image(self) -> bool:
-        return self.suffix.rpartition(".")[2] in _image_suffixes()
+        return is_picture(f".{self.suffix}")
 
     @property
     def is_text(self) -> bool:
@@ -240,10 +239,3 @@ def _json_captions(content: bytes) -> list[str] | None:
         " ".join(text.split()) for text in (found if isinstance(found, list) else [found]) if isinstance(text, str)
     ]
     return [text for text in texts if text]
-
-
-@cache
-def _image_suffixes() -> frozenset[str]:
-    """Suffixes, without the dot, of files that Pillow as it is installed here decodes by itself."""
-    known = Image.registered_extensions()
-    return frozenset(name[1:] for name, kind in known.items() if kind in Image.OPEN and kind not in NOT_DECODED)

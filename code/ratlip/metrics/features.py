@@ -1,6 +1,7 @@
 """Feature spaces: what turns pictures into vectors, each with its protocol and the checksum of its weights."""
 
 import hashlib
+import io
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -65,8 +66,10 @@ class ClipSpace(Space):
         digest = hashlib.sha256()
         for weight in clip.clip.visual.state_dict().values():
             digest.update(weight.cpu().contiguous().numpy().tobytes())
+        unlike = clip.unlike_openai(image=True)
+        digest.update(unlike.encode())
         self.checksum = digest.hexdigest()[:8]
-        self.protocol = f"CLIP image embedding, {clip.preprocess} input"
+        self.protocol = f"CLIP image embedding, {clip.preprocess} input" + (f", {unlike}" if unlike else "")
         # Which CLIP is the user's choice: statistics for several lie side by side.
         self.statistics = f"fd_clip-{clip.preprocess}-{self.checksum}"
 
@@ -85,10 +88,12 @@ class InceptionSpace(Space):
 
         key = "eval.inception_weights"
         path, self.checksum, note = find_weights(config.eval.inception_weights, URL_INCEPTION_V3, key)
-        checkpoint.read(path)  # torch-fidelity would run what a pickle asks for; this refuses it
+        weights = io.BytesIO()  # torch-fidelity would run what a pickle asks for, and reads no safetensors
+        torch.save(checkpoint.read(path), weights)
+        weights.seek(0)
         with building(path, key):
             self.extractor = FeatureExtractorInceptionV3(
-                "inception-v3-compat", [str(self.dim)], feature_extractor_weights_path=str(path)
+                "inception-v3-compat", [str(self.dim)], feature_extractor_weights_path=weights
             ).to(clip.mean.device)
         self.protocol = f"torch-fidelity inception-v3-compat 2048{note}"
 
@@ -122,9 +127,9 @@ class ReleasedInceptionSpace(Space):
 SPACES = {space.name: space for space in (ClipSpace, InceptionSpace, ReleasedInceptionSpace)}
 
 
-def padded(rows: Tensor) -> Tensor:
-    """The last row repeated up to LEAST rows, so that a row's result does not depend on the size of its batch."""
-    return torch.cat([rows, rows[-1:].expand(max(0, LEAST - len(rows)), *rows.shape[1:])])
+def padded(rows: Tensor, least: int = LEAST) -> Tensor:
+    """The last row repeated up to `least` rows, so that a row's result does not depend on the size of its batch."""
+    return torch.cat([rows, rows[-1:].expand(max(0, least - len(rows)), *rows.shape[1:])])
 
 
 def released_inception_input(images: Tensor) -> Tensor:

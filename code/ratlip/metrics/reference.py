@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ratlip import device as devices
 from ratlip import distributed
 from ratlip.data.layouts import DECODING, Item
-from ratlip.data.loader import same_size_batches
+from ratlip.data.loader import picture_batches
 from ratlip.disk import replacing
 from ratlip.errors import UserError, first_line
 from ratlip.metrics.features import Space
@@ -41,18 +41,15 @@ def measure(pictures: Dataset, space: Space, device: torch.device, batch_size: i
     count = len(pictures)
     moments = Moments(space.dim, device)
     features = torch.zeros(count, space.dim, device=device) if space.keeps_features else None
-    own = Subset(pictures, range(distributed.rank(), count, distributed.world_size()))
-    own_draws = torch.Generator()  # the loader would otherwise take a number from the training's
-    loader = DataLoader(own, batch_size, num_workers=workers, collate_fn=same_size_batches, generator=own_draws)
     quiet = distributed.rank() > 0 or None  # None: no bar where there is no terminal
-    with tqdm(total=len(own), desc=f"{space.name} of real images", unit="image", leave=False, disable=quiet) as bar:
-        for groups in loader:
-            for images, numbers in groups:
-                found = space(devices.send(images, device))
-                moments.update(found)
-                if features is not None:
-                    features[devices.send(numbers, device)] = found
-                bar.update(len(images))
+    own = len(range(distributed.rank(), count, distributed.world_size()))
+    with tqdm(total=own, desc=f"{space.name} of real images", unit="image", leave=False, disable=quiet) as bar:
+        for images, numbers in picture_batches(pictures, batch_size, workers, device):
+            found = space(images)
+            moments.update(found)
+            if features is not None:
+                features[devices.send(numbers, device)] = found
+            bar.update(len(images))
     totals = [*moments.totals, *([features] if features is not None else [])]
     distributed.sum_over_processes(totals, device)
     return Reference(moments.gaussian(), count, None if features is None else features.cpu(), source)
