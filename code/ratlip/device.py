@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 from ratlip.errors import UserError
 
@@ -30,6 +31,14 @@ def choose_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor that was made on the CPU, on `device`. A GPU fetches it by itself, from pinned memory, when it comes to
+    it; the host does not wait until all has been done that was asked of the GPU before."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
