@@ -33,7 +33,7 @@ SMALL = ["--brief", "--smoke", "--rounds", "1", "--no-memory"]
 def tests(smoke: bool) -> str:
     """pytest -m gpu."""
     some = ["tests/test_guard.py"] if smoke else []  # without a GPU all of them are skipped
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-rfE", *some]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rfE", *some]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = result.stdout.splitlines()
     counts = [line for line in lines if re.match(r"\d+ \w+.* in [\d.]+s", line)]

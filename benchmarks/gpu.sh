@@ -24,7 +24,12 @@ parts=${*:-$(sed 's/=.*//' <<<"$all")}
 for part in $parts; do
     grep -q "^$part=" <<<"$all" || { echo "error: no part $part; there are" $(sed 's/=.*//' <<<"$all") >&2; exit 2; }
 done
-REQUIREMENTS=requirements-dev.txt source scripts/env.sh
+# A lent machine has what the parts need and nothing to install from: lint and the other tests' packages are not asked for.
+if python -c 'import torch, torchvision, clip, easydict, torch_fidelity, tensorboard, pytest' 2>/dev/null; then
+    export PYTHONPATH=$PWD/code${PYTHONPATH:+:$PYTHONPATH}
+else
+    REQUIREMENTS=requirements-dev.txt source scripts/env.sh
+fi
 
 if [ -n "$smoke" ]; then # in one process; what torch.compile gives runs as it was
     CUDA_VISIBLE_DEVICES='' TORCHDYNAMO_DISABLE=1 exec python benchmarks/gpu.py --smoke $parts
