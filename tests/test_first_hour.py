@@ -23,7 +23,7 @@ TOO_LARGE = "model.d_channels=40000000000"  # more than any machine addresses
 # What was done, the words of the command, and what the answer has to hold.
 TRIED = {
     "wrong path of the configuration": ("train.py cfg/demo.yaml", f"no configuration file {ROOT}/cfg/demo.yaml; cfg/"),
-    "its name without the folder": ("train.py demo", f"no configuration file and no run's folder {ROOT}/demo;", "cfg/ has bird.yml"),
+    "its name without the folder": ("train.py demo", f"and no run's folder {ROOT}/demo; cfg/ has bird.yml"),
     "its place seen from another folder": ("train.py ../cfg/demo.yml", f"file {ROOT.parent}/cfg/demo.yml"),
     "a file that is no configuration": ("train.py LICENSE", "LICENSE, line", "not valid YAML"),
     "a typo in a key": ("train.py cfg/demo.yml train.batchsize=8", "did you mean 'train.batch_size'"),
