@@ -9,7 +9,7 @@ import clip.model
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, random_inception, released_weights, save_stated, small_clip_model
+from helpers import ROOT, TINY_RUN, random_inception, released_weights, save_stated, small_clip_model
 from PIL import Image
 
 from ratlip.clip_towers import FrozenClip, load_clip
@@ -60,6 +60,19 @@ def demo_folder(tmp_path_factory) -> Path:
             (folder / "text" / f"{keys[-1]}.txt").write_text("\n".join(demo.captions(attributes, rng, 3)))
         (folder / f"{split}.txt").write_text("\n".join(keys))
     return folder
+
+
+@pytest.fixture
+def data_words(clip_file, tmp_path):
+    """data_words(place, *more, layout="folder"): a configuration file of a data set, and overrides for a small run."""
+
+    def data_words(place: object, *more: str, layout: str = "folder") -> list[str]:
+        mine = tmp_path / "mine.yml"
+        mine.write_text(f"data:\n  layout: {layout}\n  dir: '{place}'\nmodel:\n  imsize: 16\n")
+        places = (f"log.dir={tmp_path}/logs", f"log.save_dir={tmp_path}/saved", f"clip.weights={clip_file}")
+        return [str(mine), *TINY_RUN, *places, "train.device=cpu", "eval.sample_times=1", *more]
+
+    return data_words
 
 
 @pytest.fixture

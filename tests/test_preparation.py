@@ -54,17 +54,9 @@ def build(root: Path, train: int = 6, test: int = 4) -> Path:
 
 
 @pytest.fixture
-def words(clip_file, tmp_path):
-    """words(root, *more): a configuration file of five lines that names the folder, and overrides."""
-
-    def words(root: Path, *more: str) -> list[str]:
-        mine = tmp_path / "mine.yml"
-        mine.write_text(f"data:\n  layout: folder\n  dir: {root}\nmodel:\n  imsize: 16\n")
-        places = (f"log.dir={tmp_path}/logs", f"log.save_dir={tmp_path}/saved", f"clip.weights={clip_file}")
-        tiny = ("train.device=cpu", "data.num_workers=0", "train.batch_size=4", "eval.metrics=[clip_score]")
-        return [str(mine), *TINY_RUN, *places, *tiny, *more]
-
-    return words
+def words(data_words):
+    """words(root, *more): a configuration of the folder, and overrides."""
+    return lambda root, *more: data_words(root, "eval.metrics=[clip_score]", *more)
 
 
 def kept(root: Path) -> dict[str, tuple[bytes, int]]:

@@ -17,7 +17,7 @@ from helpers import ROOT, assert_refused, relative_error, released_weights, run
 from PIL import Image
 from scipy.stats import norm, truncnorm
 
-from ratlip import config
+from ratlip import checkpoint, config
 from ratlip.clip_towers import load_clip
 from ratlip.errors import UserError
 from ratlip.models.generator import Generator
@@ -348,3 +348,14 @@ def test_released_checkpoint_with_another_clip(tmp_path):
     torch.save({"model": {"netG": released_weights("galip.netG")}, "epoch": 3}, path)
     result = run("sample.py", "cfg/demo.yml", CAPTION, "--checkpoint", path)
     assert_refused(result, "CLIP of width 768 and embedding 512", "192 and 128")
+
+
+def test_another_activation_is_another_order(call, tmp_path):
+    """CLIP's weights alone do not say what it computes: pictures of two CLIPs never mix in a folder."""
+    bare = tmp_path / "bare.pt"
+    torch.save(dict(checkpoint.read(ROOT / "assets/demo/clip.pt")), bare)
+    for activation, folder in (("quick_gelu", "out"), ("gelu", "out_2"), ("quick_gelu", "out")):
+        words = (f"clip.weights={bare}", f"clip.activation={activation}", "clip.insist=true")
+        result = call("sample.py", "cfg/demo.yml", "a small red star", "--n", 1, "--out", tmp_path / "out", *words)
+        assert result.returncode == 0, result.stderr
+        assert f"1 picture in {tmp_path / folder}," in result.stdout

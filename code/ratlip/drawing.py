@@ -106,13 +106,13 @@ def say_cut(order: Order, clip: FrozenClip) -> None:
 def record_of(order: Order, generator: Generator, clip: FrozenClip, precision: str) -> dict[str, object]:
     """What makes an order the same as another: then its pictures are. The networks are on the CPU."""
     weights, captions = hashlib.sha256(), hashlib.sha256()
-    for network in (generator, clip):
-        for value in network.state_dict().values():
-            weights.update(value.contiguous().numpy().tobytes())
+    for value in generator.state_dict().values():
+        weights.update(value.contiguous().numpy().tobytes())
     for number, text in order.captions:
         captions.update(f"{number} {text}\n".encode())
     return {
         "weights": weights.hexdigest(),
+        "clip": repr(clip.identity),
         "captions": captions.hexdigest(),
         "from_file": order.file is not None,
         "pictures_of_each": order.count,

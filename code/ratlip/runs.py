@@ -15,6 +15,7 @@ from easydict import EasyDict
 
 from ratlip import checkpoint, output, paths
 from ratlip import config as configuration
+from ratlip.disk import replacing
 from ratlip.errors import UserError
 from ratlip.lease import Lease, process_start
 
@@ -304,6 +305,5 @@ def _recorded(config: EasyDict) -> str | None:
 
 def _write(path: Path, text: str) -> None:
     """The whole text or none."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as file:
+        file.write(text.encode())

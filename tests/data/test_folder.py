@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY_RUN, assert_refused, run
+from helpers import assert_refused, run
 from PIL import Image
 
 from ratlip.data.files import find_pictures, picture_suffixes
@@ -49,17 +49,9 @@ def plain(root: Path, count: int = COUNT) -> Path:
 
 
 @pytest.fixture
-def words(clip_file, tmp_path):
-    """words(root, *more): a configuration file of five lines that names the folder, and overrides."""
-
-    def words(root: Path, *more: str) -> list[str]:
-        mine = tmp_path / "mine.yml"
-        mine.write_text(f"data:\n  layout: folder\n  dir: {root}\nmodel:\n  imsize: 16\n")
-        places = (f"log.dir={tmp_path}/logs", f"log.save_dir={tmp_path}/saved", f"clip.weights={clip_file}")
-        tiny = ("train.device=cpu", "train.batch_size=4", "eval.metrics=[fd_clip]", "eval.sample_times=1")
-        return [str(mine), *TINY_RUN, *places, *tiny, *more]
-
-    return words
+def words(data_words):
+    """words(root, *more): a configuration of the folder, and overrides."""
+    return lambda root, *more: data_words(root, "eval.metrics=[fd_clip]", *more)
 
 
 def read(root: Path, layout: str = "folder") -> tuple[dict[str, list[str]], dict[str, list[str]], list]:

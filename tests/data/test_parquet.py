@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import TINY_RUN, assert_refused
+from helpers import assert_refused
 from PIL import Image
 
 from ratlip import config
@@ -40,17 +40,9 @@ def write(path: Path, rows: pa.Table) -> Path:
 
 
 @pytest.fixture
-def words(clip_file, tmp_path):
-    """words(place, *more): a configuration of the files, and overrides."""
-
-    def words(place: object, *more: str) -> list[str]:
-        mine = tmp_path / "mine.yml"
-        mine.write_text(f"data: {{layout: parquet, dir: '{place}'}}\nmodel: {{imsize: 16}}\n")
-        places = (f"log.dir={tmp_path}/logs", f"log.save_dir={tmp_path}/saved", f"clip.weights={clip_file}")
-        tiny = ("train.device=cpu", "eval.metrics=[fd_clip]", "eval.sample_times=1")
-        return [str(mine), *TINY_RUN, *places, *tiny, *more]
-
-    return words
+def words(data_words):
+    """words(root, *more): a configuration of the files, and overrides."""
+    return lambda root, *more: data_words(root, "eval.metrics=[fd_clip]", *more, layout="parquet")
 
 
 def items_of(words: list[str]) -> dict[str, list]:

@@ -15,6 +15,7 @@ from ratlip.data.files import OWN, Listing, counted, list_files, stem
 from ratlip.data.forms import BESIDE, IN_TEXT, LISTS, Tables, TextFiles, caption_forms
 from ratlip.data.items import LEFT_OUT, Item, Problem, held_out
 from ratlip.data.tables import TABLE, read_table
+from ratlip.disk import replacing
 from ratlip.errors import UserError
 from ratlip.text import canonical, lines_of, read_text, readable
 
@@ -111,9 +112,11 @@ def write_folder_captions(root: Path, template: str) -> Path:
         caption = re.sub(r"\b(a) (?=[aeiou])", r"\1n ", template.replace("{}", name), flags=re.IGNORECASE)
         rows.append(json.dumps({"file_name": readable(file), "text": caption}) + "\n")
     path = root / "metadata.jsonl"
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(rows))
-    os.replace(partial, path)
+    try:
+        with replacing(path) as file:
+            file.write("".join(rows).encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     return path
 
 
