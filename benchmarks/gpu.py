@@ -17,10 +17,10 @@ import speed  # which puts code/ on the path
 import torch
 
 from ratlip import build, config
-from ratlip.clip_towers import FrozenClip
 from ratlip.data.captions import CaptionTable
 from ratlip.data.inventory import usable_items, write_copies
 from ratlip.data.loader import Batch, EpochBatches, TrainingImages, training_loader
+from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.trainer import Training, train_step
 
 ROOT = speed.HERE.parent

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ratlip import clip_towers, trainer
-from ratlip.clip_towers import FrozenClip
-from ratlip.models import attention, blocks, generator
+from ratlip import trainer
+from ratlip.encoders import clip_towers
+from ratlip.encoders.clip_towers import FrozenClip
+from ratlip.models import attention, blocks
 from ratlip.models.blocks import BatchNorm, Conv, GeneratorBlock
-from ratlip.models.discriminator import Discriminator
+from ratlip.models.clip_gan import generator
+from ratlip.models.clip_gan.discriminator import Discriminator
 
 # What is replaced below, as it is.
 doubling_kernel, finish, forward = blocks.doubling_kernel, Conv.finish, GeneratorBlock.forward

@@ -240,8 +240,8 @@ def work(words: argparse.Namespace, batch: int, name: str) -> Callable[[], objec
     from savings import without
 
     from ratlip import released
-    from ratlip.clip_towers import FrozenClip
     from ratlip.device import autocast
+    from ratlip.encoders.clip_towers import FrozenClip
 
     device = torch.device(words.device)
     torch.manual_seed(0)

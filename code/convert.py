@@ -27,8 +27,8 @@ def main() -> None:
     import torch  # not before: -h needs no package
 
     from ratlip import build, checkpoint, config, released
-    from ratlip.clip_towers import FrozenClip, clip  # the package, its warnings silenced
     from ratlip.data.loader import BATCH_SIZE
+    from ratlip.encoders.clip_towers import FrozenClip, clip  # the package, its warnings silenced
     from ratlip.trainer import Training, save
 
     content = checkpoint.read(words.source)
@@ -44,7 +44,7 @@ def main() -> None:
         raise UserError(f"{words.source} holds no netG; there is nothing to go on from")
     settings = {
         "model.name": info["system"].lower(),
-        "model.imsize": released.IMAGE_SIZE,
+        "model.imsize": generator.sizes[-1],
         "model.nf": info["nf"],
         "model.z_dim": info["z_dim"],
         "model.rat.state": "independent",

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from ratlip import device as devices
 from ratlip import errors
-from ratlip.clip_towers import clip, transformer_block  # the package clip, its warnings silenced
 from ratlip.data.demo import SIDE, VALUES, Attributes, captions, render, splits
+from ratlip.encoders.clip_towers import clip, transformer_block  # the package clip, its warnings silenced
 from ratlip.paths import ROOT, typed
 
 CLIP = clip.model.CLIP

@@ -12,8 +12,8 @@ import torch
 from helpers import ROOT, TINY_RUN, random_inception, released_weights, save_stated, small_clip_model
 from PIL import Image
 
-from ratlip.clip_towers import FrozenClip, load_clip
 from ratlip.data import demo
+from ratlip.encoders.clip_towers import FrozenClip, load_clip
 
 
 @pytest.fixture(scope="session")

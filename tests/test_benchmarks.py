@@ -12,10 +12,11 @@ import torch
 from helpers import ROOT, fixture_input, relative_error, released_weights, small_clip_model, watch_gradients
 
 from ratlip import config
-from ratlip.clip_towers import FrozenClip
 from ratlip.data.loader import Batch
+from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.models import blocks
-from ratlip.released import UNUSED, load_networks
+from ratlip.released import load_networks
+from ratlip.released.clip_gan import UNUSED
 from ratlip.trainer import Training, train_step
 
 sys.path.append(str(ROOT / "benchmarks"))

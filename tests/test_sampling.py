@@ -18,9 +18,9 @@ from PIL import Image
 from scipy.stats import norm, truncnorm
 
 from ratlip import checkpoint, config
-from ratlip.clip_towers import load_clip
+from ratlip.encoders.clip_towers import load_clip
 from ratlip.errors import UserError
-from ratlip.models.generator import Generator
+from ratlip.models.clip_gan.generator import Generator
 from ratlip.sampling import (
     compiled,
     draw,

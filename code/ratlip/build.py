@@ -2,9 +2,9 @@
 
 from easydict import EasyDict
 
-from ratlip.clip_towers import FrozenClip, load_clip
-from ratlip.models.discriminator import Discriminator
-from ratlip.models.generator import Generator
+from ratlip.encoders.clip_towers import FrozenClip, load_clip
+from ratlip.models.clip_gan.discriminator import Discriminator
+from ratlip.models.clip_gan.generator import Generator
 
 
 def clip_of(config: EasyDict) -> FrozenClip:

@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ratlip.clip_towers import FrozenClip
 from ratlip.data.captions import find_cut
+from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.errors import UserError
 from ratlip.metrics.features import LEAST, padded
-from ratlip.models.generator import Generator
+from ratlip.models.clip_gan.generator import Generator
 from ratlip.pictures import captioned_grid, save_picture, to_pictures
 from ratlip.sampling import generate, seeded_noise
 from ratlip.stopping import Stop, Stopped

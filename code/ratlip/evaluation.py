@@ -13,19 +13,19 @@ from tqdm import tqdm
 
 from ratlip import device as devices
 from ratlip import distributed
-from ratlip.clip_towers import FrozenClip
 from ratlip.data import captions
 from ratlip.data.demo import parse_caption
 from ratlip.data.files import find_pictures
 from ratlip.data.inventory import cache_folder
 from ratlip.data.items import Item
 from ratlip.data.loader import EnlargedTestImages, Pictures, TestImages, picture_batches
+from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.errors import UserError
 from ratlip.metrics import METRICS, reference
 from ratlip.metrics.features import SPACES, MissingWeights, Space, padded
 from ratlip.metrics.metric import Scored
 from ratlip.metrics.reference import Reference
-from ratlip.models.generator import Generator
+from ratlip.models.clip_gan.generator import Generator
 from ratlip.paths import full
 from ratlip.sampling import generate, seeded_noise
 from ratlip.text import existing, read_captions

@@ -7,12 +7,12 @@ import numpy as np
 from easydict import EasyDict
 
 from ratlip import build, device, distributed
-from ratlip.clip_towers import FrozenClip
 from ratlip.data import captions
 from ratlip.data.folder import write_folder_captions
 from ratlip.data.inventory import LISTED, Stock, cache_folder, refusal, take_stock, too_many_lost, write_copies
 from ratlip.data.layouts import Item, Problem
 from ratlip.data.loader import BATCH_SIZE, batch_size_for
+from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.errors import UserError
 from ratlip.evaluation import Scorer, check_counts
 

@@ -9,7 +9,7 @@ from easydict import EasyDict
 
 from ratlip import checkpoint, distributed, runs
 from ratlip import config as configuration
-from ratlip.clip_towers import FrozenClip, require_same, trained_with
+from ratlip.encoders.clip_towers import FrozenClip, require_same, trained_with
 from ratlip.errors import UserError
 from ratlip.lease import Lease
 from ratlip.paths import command

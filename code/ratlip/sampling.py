@@ -13,9 +13,9 @@ from torch import Tensor
 from ratlip import build, checkpoint, released, runs
 from ratlip import config as configuration
 from ratlip import device as devices
-from ratlip.clip_towers import OPENAI, FrozenClip, require_same, trained_with
+from ratlip.encoders.clip_towers import OPENAI, FrozenClip, require_same, trained_with
 from ratlip.errors import UserError
-from ratlip.models.generator import Generator
+from ratlip.models.clip_gan.generator import Generator
 from ratlip.paths import command
 
 

@@ -18,15 +18,15 @@ from ratlip import build, checkpoint, distributed, losses, resume, runs
 from ratlip import config as configuration
 from ratlip import device as devices
 from ratlip.augment import augment
-from ratlip.clip_towers import FrozenClip
 from ratlip.course import Course, draw_course
 from ratlip.data import captions
 from ratlip.data.inventory import cache_folder, usable_items
 from ratlip.data.loader import Batch, Draw, EpochBatches, TrainingImages, shard_numbers, to_floats, training_loader
+from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.evaluation import Evaluator, Scorer, scores_table
 from ratlip.guard import Guard
-from ratlip.models.discriminator import Discriminator
-from ratlip.models.generator import Generator
+from ratlip.models.clip_gan.discriminator import Discriminator
+from ratlip.models.clip_gan.generator import Generator
 from ratlip.monitor import Monitor
 from ratlip.paths import command
 from ratlip.preparation import check_size

@@ -6,7 +6,7 @@ import torch
 from helpers import relative_error, save_stated, small_clip_model
 from safetensors.torch import save_file
 
-from ratlip.clip_towers import load_clip
+from ratlip.encoders.clip_towers import load_clip
 from ratlip.errors import UserError
 
 

@@ -9,7 +9,7 @@ from helpers import relative_error, small_clip_model
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel
 
-from ratlip.clip_towers import MEAN, load_clip
+from ratlip.encoders.clip_towers import MEAN, load_clip
 from ratlip.errors import UserError
 
 VISION = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32, "mlp_ratio": 3.0}

@@ -7,7 +7,7 @@ import torch
 from helpers import relative_error
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from ratlip.clip_towers import MEAN, clip, load_clip
+from ratlip.encoders.clip_towers import MEAN, clip, load_clip
 from ratlip.errors import UserError
 
 TEXT = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 256}

@@ -12,8 +12,8 @@ import torch
 from helpers import relative_error
 
 from ratlip import checkpoint
-from ratlip.clip_towers import FrozenClip
 from ratlip.data.captions import EMBED_BATCH, CaptionTable, embed
+from ratlip.encoders.clip_towers import FrozenClip
 
 BIRDS = [["a red bird", "a bird"], ["a green bird"], ["a bird", "a blue bird", "a bird in a tree"]]
 

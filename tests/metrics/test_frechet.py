@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 from helpers import fixture_input
 
-from ratlip.clip_towers import MEAN, STD
+from ratlip.encoders.clip_towers import MEAN, STD
 from ratlip.metrics.clip_score import ClipScore
 from ratlip.metrics.fid import FrechetClip
 from ratlip.metrics.frechet import Gaussian, Moments, frechet_distance

@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ratlip import checkpoint, distributed
-from ratlip.clip_towers import FrozenClip
 from ratlip.disk import cannot_write, replacing
+from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.errors import UserError, first_line
 
 EMBED_BATCH = 256

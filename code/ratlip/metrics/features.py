@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ratlip import checkpoint, distributed
 from ratlip import device as devices
-from ratlip.clip_towers import FrozenClip
+from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.errors import UserError, first_line
 from ratlip.paths import full
 

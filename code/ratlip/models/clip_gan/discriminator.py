@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ratlip.clip_towers import FrozenClip
+from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.models.blocks import DiscriminatorBlock
 
 FLOOR = 0.01  # share of the mean variance added to that of each direction before whitening divides by its root

@@ -9,7 +9,9 @@ from helpers import TINY_RUN, assert_refused, fixture_input, relative_error, run
 from safetensors.torch import save_file
 
 from ratlip import checkpoint
-from ratlip.clip_towers import (
+from ratlip.clips.files import filled
+from ratlip.data import captions
+from ratlip.encoders.clip_towers import (
     MEAN,
     STD,
     FrozenClip,
@@ -19,8 +21,6 @@ from ratlip.clip_towers import (
     require_same,
     trained_with,
 )
-from ratlip.clips.files import filled
-from ratlip.data import captions
 from ratlip.errors import UserError
 from ratlip.metrics.features import ClipSpace
 

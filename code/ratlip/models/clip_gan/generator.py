@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ratlip.clip_towers import FrozenClip
+from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.models.blocks import AFFINES_PER_BLOCK, GeneratorBlock, MapperBlock, recomputed
 from ratlip.models.rat import Conditioner
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from helpers import relative_error, small_clip_model
 
-from ratlip.clip_towers import FrozenClip
-from ratlip.models.discriminator import FLOOR, Discriminator
+from ratlip.encoders.clip_towers import FrozenClip
+from ratlip.models.clip_gan.discriminator import FLOOR, Discriminator
 
 
 @pytest.mark.parametrize(("resolution", "patch"), [(32, 32), (32, 16), (48, 16), (64, 16), (56, 8), (64, 8), (112, 8)])

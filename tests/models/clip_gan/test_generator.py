@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from ratlip.clip_towers import FrozenClip
-from ratlip.models.generator import Generator, block_sizes
+from ratlip.encoders.clip_towers import FrozenClip
+from ratlip.models.clip_gan.generator import Generator, block_sizes
 
 VARIANTS = [
     {"name": "galip"},

@@ -1,19 +1,19 @@
-"""Import of the published GALIP and RATLIP checkpoints: their keys, and the settings their shapes give away."""
+"""Published GALIP and RATLIP checkpoints: their keys, and the settings their shapes give away."""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ratlip import checkpoint as checkpoint_file
-from ratlip.clip_towers import FrozenClip
+from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.errors import UserError
 from ratlip.models.blocks import AFFINES_PER_BLOCK
-from ratlip.models.discriminator import Discriminator
-from ratlip.models.generator import MAPPER_BLOCKS, Generator
+from ratlip.models.clip_gan.discriminator import Discriminator
+from ratlip.models.clip_gan.generator import MAPPER_BLOCKS, Generator
+from ratlip.released.weights import fill, need, tensors
 
 IMAGE_SIZE = 224  # what their networks draw, whatever the config's imsize says
 GENERATOR_BLOCKS = 6
@@ -65,7 +65,7 @@ def _networks(checkpoint: Mapping, clip_model: nn.Module) -> tuple[Generator | N
     if not is_released(checkpoint):
         raise UserError("not a released GALIP or RATLIP checkpoint: it has no 'model' with netG, netD, netC")
     clip = clip_model if isinstance(clip_model, FrozenClip) else FrozenClip(clip_model, preprocess="released")
-    networks = {name: _tensors(name, weights) for name, weights in checkpoint["model"].items()}
+    networks = {name: tensors(name, weights) for name, weights in checkpoint["model"].items()}
     net_g, net_d, net_c = (networks.get(name) for name in ("netG", "netD", "netC"))
     info: dict = {"epoch": checkpoint.get("epoch")}
 
@@ -83,15 +83,17 @@ def _networks(checkpoint: Mapping, clip_model: nn.Module) -> tuple[Generator | N
             rat_scope="mapper",
             shuffle_attention=True,
         )
-        _load(generator, net_g, _generator_key, "netG")
+        galip = info["system"] == "GALIP"
+        fill(generator, net_g, lambda key: _generator_key(key, galip), "netG", UNUSED)
     if net_d and net_c:
-        channels = _need(net_d, "main.conv_s.weight", "netD", axes=4).shape[0]
+        channels = need(net_d, "main.conv_s.weight", "netD", axes=4).shape[0]
         info["d_channels"] = channels
         discriminator = Discriminator(clip, channels)
-        betas = [_need(net_d, f"DBlocks.{i}.beta", "netD").flatten() for i in range(len(discriminator.betas))]
+        betas = [need(net_d, f"DBlocks.{i}.beta", "netD").flatten() for i in range(len(discriminator.betas))]
         head = {f"netC.{key}": value for key, value in net_c.items()}
         body = {key: value for key, value in net_d.items() if not re.fullmatch(r"DBlocks\.\d+\.beta", key)}
-        _load(discriminator, {**body, **head, "betas": torch.cat(betas)}, _discriminator_key, "netD and netC")
+        weights = {**body, **head, "betas": torch.cat(betas)}
+        fill(discriminator, weights, _discriminator_key, "netD and netC", UNUSED)
     if generator is None and discriminator is None:
         raise UserError(f"the checkpoint's 'model' holds {sorted(networks)}: neither netG nor netD with netC")
     return generator, discriminator, info
@@ -102,58 +104,23 @@ def read_settings(net_g: Mapping[str, Tensor]) -> dict:
     blocks = {key.split(".")[1] for key in net_g if key.startswith("GBlocks.")}
     if len(blocks) != GENERATOR_BLOCKS:
         raise UserError(f"netG has {len(blocks)} generator blocks; the released networks have {GENERATOR_BLOCKS}")
-    z_dim = _need(net_g, "fc_code.weight", "netG", axes=2).shape[1]
+    z_dim = need(net_g, "fc_code.weight", "netG", axes=2).shape[1]
     return {
         "system": "RATLIP" if any(".rnn." in key for key in net_g) else "GALIP",
         "imsize": 4 * 2 ** len(blocks),
-        "nf": _need(net_g, "to_rgb.1.weight", "netG", axes=4).shape[1],
+        "nf": need(net_g, "to_rgb.1.weight", "netG", axes=4).shape[1],
         "z_dim": z_dim,
-        "cond_dim": _need(net_g, "mapping.fc_prompt.weight", "netG", axes=2).shape[1] - z_dim,
+        "cond_dim": need(net_g, "mapping.fc_prompt.weight", "netG", axes=2).shape[1] - z_dim,
     }
 
 
 def _check_clip(info: dict, net_g: Mapping[str, Tensor], clip: FrozenClip) -> None:
-    width = _need(net_g, "mapping.conv_fuse.weight", "netG", axes=4).shape[0]
+    width = need(net_g, "mapping.conv_fuse.weight", "netG", axes=4).shape[0]
     if (info["cond_dim"], width) != (clip.embedding_dim, clip.width):
         raise UserError(
             f"the checkpoint was made with a CLIP of width {width} and embedding {info['cond_dim']}, "
             f"clip.weights has {clip.width} and {clip.embedding_dim}; published checkpoints use ViT-B/32"
         )
-
-
-def _tensors(network: str, weights: object) -> dict[str, Tensor]:
-    if not isinstance(weights, Mapping):
-        raise UserError(f"{network} is a {type(weights).__name__}; expected tensors by name")
-    for key, value in weights.items():
-        if not isinstance(value, Tensor | np.ndarray):
-            raise UserError(f"{network}: {key} is a {type(value).__name__}; expected a tensor")
-    return {str(key).removeprefix("module."): torch.as_tensor(value) for key, value in weights.items()}
-
-
-def _need(weights: Mapping[str, Tensor], key: str, network: str, axes: int | None = None) -> Tensor:
-    if key not in weights:
-        raise UserError(f"{network} has no {key}: not a released GALIP or RATLIP network, or an incomplete one")
-    if axes not in (None, weights[key].ndim):
-        raise UserError(f"{network}: {key} is {tuple(weights[key].shape)}; {axes} axes were expected")
-    return weights[key]
-
-
-def _load(module: nn.Module, weights: Mapping[str, Tensor], released_key, network: str) -> None:
-    """Fill `module` from `weights`, each of its keys looked up under its released name."""
-    left, own = set(weights), {}
-    galip = not any(".rnn." in key for key in weights)
-    for key, value in module.state_dict().items():
-        theirs = released_key(key, galip)
-        found = _need(weights, theirs, network)
-        if found.numel() != value.numel():  # some are stored with axes of length one around them
-            raise UserError(f"{network}: {theirs} is {tuple(found.shape)}, {tuple(value.shape)} was expected")
-        own[key] = found.reshape(value.shape)
-        left.discard(theirs)
-    unknown = sorted(key for key in left if not UNUSED.match(key))
-    if unknown:
-        raise UserError(f"{network} has a key that no released network has: {unknown[0]} ({len(unknown)} in all)")
-    module.load_state_dict(own)
-    module.eval()
 
 
 def _generator_key(key: str, galip: bool) -> str:
@@ -189,7 +156,7 @@ def _affine_prefix(index: int) -> str:
     return f"GBlocks.{block - MAPPER_BLOCKS}.{inside}"
 
 
-def _discriminator_key(key: str, galip: bool) -> str:
+def _discriminator_key(key: str) -> str:
     """The released name of one of Discriminator's keys; netC's carry the network's name, betas are stacked."""
     for pattern, theirs in (
         (r"^blocks\.", "DBlocks."),
