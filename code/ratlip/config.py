@@ -167,7 +167,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
         UserError: names the file or word, the key, and the nearest valid key.
     """
     path, folder = _find(path)
-    content = _read_yaml(path)
+    content = {} if path.resolve() == DEFAULT else _read_yaml(path)
     content = _translate(path, content) if "dataset_name" in content else flatten(content)
     if folder:
         content.pop("train.resume", None)  # as programs before this one left it
