@@ -1,7 +1,7 @@
 """Published DF-GAN and RAT-GAN checkpoints: their keys, and the settings their shapes give away."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ratlip.released.weights import fill, need, tensors
 SYSTEMS = ("DF-GAN", "RAT-GAN")
 # Numbers of a RAT-GAN block's affine layers, in the order in which they are run.
 ORDERS = {4: (0, 1, 2, 3), 6: (0, 1, 4, 2, 3, 5)}
+LINEARS = {"0": "linear1", "2": "linear2"}  # of an affine layer
 # Stored but never used: RAT-GAN's LSTM again in each block, layers that its program no longer runs, the last block in
 # place of which the attention critic has another; in both, shortcuts of blocks that keep their width.
 UNUSED = r"(block\d+|DBlocks\.\d+)\.conv_s\.|block\d+\.(lstm|fea_l|fea_ll)\."
@@ -81,14 +82,15 @@ def _has(weights: Mapping, pattern: str) -> bool:
 
 
 def _blocks(weights: Mapping[str, Tensor], network: str, name: str, fewest: int) -> int:
-    """How many blocks of that name a network has."""
-    count = len({found[0] for key in weights if (found := re.match(rf"{name}\d+\.", key))})
+    """How many blocks of that name a network has; a UserError for less than are ever drawn with."""
+    count = len({found[0] for key in weights if (found := re.match(rf"{re.escape(name)}\d+\.", key))})
     if count < fewest:
-        raise UserError(f"{network} has {count} blocks {name}N; the smallest published form has {fewest}")
+        raise UserError(f"{network} has {count} blocks {name}N; {fewest} at least were expected")
     return count
 
 
 def _check(info: Mapping[str, int], network: str) -> None:
+    """A UserError where shapes make no sense together."""
     for name, value in info.items():
         if value < 1:
             raise UserError(f"{network}: its shapes make {name} {value}; not a released network of this system")
@@ -98,19 +100,14 @@ def _dfgan_generator(weights: Mapping[str, Tensor]) -> tuple[Generator, dict]:
     z_dim = need(weights, "fc.weight", "netG", axes=2).shape[1]
     condition = need(weights, "GBlocks.0.fuse1.affine0.fc_gamma.linear1.weight", "netG", axes=2).shape[1]
     info = {
-        "imsize": 4 * 2 ** _blocks(weights, "netG", r"GBlocks\.", fewest=3),
+        "imsize": 4 * 2 ** _blocks(weights, "netG", "GBlocks.", fewest=3),
         "nf": need(weights, "to_rgb.1.weight", "netG", axes=4).shape[1],
         "z_dim": z_dim,
         "cond_dim": condition - z_dim,
     }
     _check(info, "netG")
     generator = Generator(info["imsize"], info["nf"], z_dim, info["cond_dim"])
-
-    def affine(block: int, layer: int) -> str:
-        return f"GBlocks.{block}.fuse{layer // 2 + 1}.affine{layer % 2}"
-
-    key = _generator_key(r"GBlocks.\1.", "to_rgb.1.", affine, generator.affines)
-    fill(generator, weights, key, "netG", re.compile(UNUSED))
+    fill(generator, weights, lambda key: generator_key(key, None), "netG", re.compile(UNUSED))
     return generator, info
 
 
@@ -138,48 +135,14 @@ def _ratgan_generator(weights: dict[str, Tensor]) -> tuple[Generator, dict]:
             raise UserError(f"netG: lstm.noise2c.{leaf} is {tuple(c.shape)}, {tuple(h.shape)} was expected")
         weights[f"lstm.start.{leaf}"] = torch.cat([h, c])
     generator = Generator(info["imsize"], info["nf"], info["z_dim"], info["cond_dim"], "ratgan", info["affines"])
-
-    def affine(block: int, layer: int) -> str:
-        return f"block{block}.affine{ORDERS[info['affines']][layer]}"
-
-    key = _generator_key(r"block\1.", "conv_img.1.", affine, generator.affines)
     unused = UNUSED + r"|lstm\.noise2[hc]\.(weight|bias)$" + r"|block\d+\.affine[45]\." * (info["affines"] == 4)
-    fill(generator, weights, key, "netG", re.compile(unused))
+    fill(generator, weights, lambda key: generator_key(key, ORDERS[info["affines"]]), "netG", re.compile(unused))
     return generator, info
-
-
-def _generator_key(block: str, to_rgb: str, affine: Callable[[int, int], str], affines: int) -> Callable[[str], str]:
-    """What gives the released name of one of Generator's keys.
-
-    Args:
-        block: what stands there for "blocks.N.", with \\1 for N. to_rgb: what stands there for "to_rgb.".
-        affine: the name there of a layer, by its block and its number among the block's `affines`.
-    """
-
-    def released_key(key: str) -> str:
-        if found := re.fullmatch(r"conditioner\.affines\.(\d+)\.(gamma|beta)\.(\d)\.(\w+)", key):
-            layer = {"0": "linear1", "2": "linear2"}[found[3]]
-            return f"{affine(*divmod(int(found[1]), affines))}.fc_{found[2]}.{layer}.{found[4]}"
-        for pattern, theirs in (
-            (r"^conditioner\.start\.", "lstm.start."),
-            (r"^conditioner\.lstms\.0\.weight_ih$", "lstm.W"),
-            (r"^conditioner\.lstms\.0\.weight_hh$", "lstm.U"),
-            (r"^conditioner\.lstms\.0\.bias_ih$", "lstm.bias"),
-            (r"^blocks\.(\d+)\.", block),
-            (r"^to_rgb\.", to_rgb),
-            (r"\.conv([12])\.conv\.", r".c\1."),
-            (r"\.conv2\.gain$", ".gamma"),
-            (r"\.shortcut\.", ".c_sc."),
-        ):
-            key = re.sub(pattern, theirs, key)
-        return key
-
-    return released_key
 
 
 def _dfgan_discriminator(body: Mapping[str, Tensor], head: Mapping[str, Tensor]) -> tuple[Discriminator, dict]:
     weights = {**body, **{f"netC.{key}": value for key, value in head.items()}}
-    return _discriminator(weights, "netD and netC", r"DBlocks.", "netC.", "dfgan")
+    return _discriminator(weights, "netD and netC", "DBlocks.", "netC.", "dfgan")
 
 
 def _ratgan_discriminator(weights: Mapping[str, Tensor]) -> tuple[Discriminator, dict]:
@@ -192,7 +155,7 @@ def _discriminator(
     weights: Mapping[str, Tensor], network: str, block: str, head: str, name: str, attention: bool = False
 ) -> tuple[Discriminator, dict]:
     """The discriminator whose blocks are named `block` and a number there, and whose judging layers follow `head`."""
-    blocks = _blocks(weights, network, re.escape(block), fewest=3)
+    blocks = _blocks(weights, network, block, fewest=3)
     last = need(weights, f"{block}{blocks - 1}.conv_r.2.weight", network, axes=4).shape[0]
     joint = need(weights, f"{head}joint_conv.0.weight", network, axes=4).shape[1]
     info = {
@@ -202,18 +165,48 @@ def _discriminator(
     }
     _check(info, network)
     discriminator = Discriminator(info["imsize"], info["nf"], info["cond_dim"], name, attention=attention)
-
-    def released_key(key: str) -> str:
-        for pattern, theirs in (
-            (r"^blocks\.(\d+)\.", rf"{block}\1."),
-            (r"^judge\.", f"{head}joint_conv."),
-            (r"^attention\.", f"{head}joint_conv_att."),
-            (r"^joint\.", f"{head}block."),
-            (r"\.residual\.", ".conv_r."),
-            (r"\.shortcut\.", ".conv_s."),
-        ):
-            key = re.sub(pattern, theirs, key)
-        return key
-
-    fill(discriminator, weights, released_key, network, re.compile(UNUSED + (rf"|{block}{blocks - 1}\." * attention)))
+    unused = UNUSED + (rf"|{block}{blocks - 1}\." * attention)
+    fill(discriminator, weights, lambda key: discriminator_key(key, block, head), network, re.compile(unused))
     return discriminator, info
+
+
+def generator_key(key: str, order: Sequence[int] | None) -> str:
+    """The released netG name of one of Generator's keys.
+
+    RAT-GAN's LSTM comes under lstm.W and lstm.U as stored there but transposed, and under lstm.start its noise2h and
+    noise2c, one after the other.
+
+    Args:
+        order: of the affine layers of a RAT-GAN's block, one of ORDERS; None: DF-GAN.
+    """
+    if found := re.fullmatch(r"conditioner\.affines\.(\d+)\.(gamma|beta)\.(\d)\.(\w+)", key):
+        block, layer = divmod(int(found[1]), len(order or ORDERS[4]))
+        inside = f"affine{order[layer]}" if order else f"fuse{layer // 2 + 1}.affine{layer % 2}"
+        return f"{'block' if order else 'GBlocks.'}{block}.{inside}.fc_{found[2]}.{LINEARS[found[3]]}.{found[4]}"
+    for pattern, theirs in (
+        (r"^conditioner\.start\.", "lstm.start."),
+        (r"^conditioner\.lstms\.0\.weight_ih$", "lstm.W"),
+        (r"^conditioner\.lstms\.0\.weight_hh$", "lstm.U"),
+        (r"^conditioner\.lstms\.0\.bias_ih$", "lstm.bias"),
+        (r"^blocks\.(\d+)\.", r"block\1." if order else r"GBlocks.\1."),
+        (r"^to_rgb\.", "conv_img.1." if order else "to_rgb.1."),
+        (r"\.conv([12])\.conv\.", r".c\1."),
+        (r"\.conv2\.gain$", ".gamma"),
+        (r"\.shortcut\.", ".c_sc."),
+    ):
+        key = re.sub(pattern, theirs, key)
+    return key
+
+
+def discriminator_key(key: str, block: str, head: str) -> str:
+    """The released name of one of Discriminator's keys; `block` and `head` as in `_discriminator`."""
+    for pattern, theirs in (
+        (r"^blocks\.(\d+)\.", rf"{block}\1."),
+        (r"^judge\.", f"{head}joint_conv."),
+        (r"^attention\.", f"{head}joint_conv_att."),
+        (r"^joint\.", f"{head}block."),
+        (r"\.residual\.", ".conv_r."),
+        (r"\.shortcut\.", ".conv_s."),
+    ):
+        key = re.sub(pattern, theirs, key)
+    return key
