@@ -269,7 +269,7 @@ def test_evaluation_leaves_training_as_it_was(demo_folder, clip_file, tmp_path):
     train_step(training, next(iter(loader)))
 
     def state() -> list[torch.Tensor]:
-        networks = (training.generator, training.discriminator, training.ema, training.clip)
+        networks = (*training.networks.values(), training.ema, training.system.clip)
         values = [value for network in networks for value in network.state_dict().values()]
         numpy_state = torch.from_numpy(np.random.get_state()[1].astype(np.int64))
         return [torch.random.get_rng_state(), numpy_state, *(value.clone() for value in values)]

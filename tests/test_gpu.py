@@ -124,14 +124,15 @@ class Gpu:
 
     def take(self, t: Training) -> Training:
         """Move networks, CLIP and captions here, in place; a fresh Training of them."""
-        for part in (part for net in (t.clip, t.generator, t.discriminator, t.ema) for part in net.modules()):
+        for part in (part for net in (t.system.clip, *t.networks.values(), t.ema) for part in net.modules()):
             for name, parameter in part.named_parameters(recurse=False):
                 setattr(part, name, nn.Parameter(self.tensor(parameter), parameter.requires_grad))
             for name, buffer in part.named_buffers(recurse=False):
                 setattr(part, name, self.tensor(buffer))
-        networks, sentences = (t.generator, t.discriminator, t.ema), self.tensor(t.sentences)
+        sentences = self.tensor(t.sentences)
+        t.system.state = {name: self.tensor(value) for name, value in t.system.state.items()}
         with self.fake:
-            return Training(t.settings, t.clip, *networks, sentences, t.precision, t.total_steps)
+            return Training(t.settings, t.system, t.ema, sentences, t.precision, t.total_steps)
 
     def _send(self, tensor: Tensor, place: torch.device) -> Tensor:
         if not isinstance(tensor, FakeTensor):
@@ -195,7 +196,7 @@ def test_a_step_stays_on_the_gpu_and_in_its_precision(ready, gpu, words):
         values = train_step(training, batch)
     host = {"learning_rate/g", "learning_rate/d"}
     assert {name for name, value in values.items() if value.device != gpu.device} == host
-    states = [state for optimizer in (training.optimizer_d, training.optimizer_g) for state in optimizer.state.values()]
+    states = [state for optimizer in training.optimizers.values() for state in optimizer.state.values()]
     assert states and all(value.device == gpu.device for state in states for value in state.values())
     low = torch.bfloat16 if training.precision == "bf16" else torch.float16
     assert never_wait.seen["convolutions"] == {low}

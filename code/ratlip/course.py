@@ -65,7 +65,8 @@ class Course:
         """One pass over the images, or what is left of it."""
         t, device = self.t, self.t.sentences.device
         self.batches.epoch, self.batches.start = t.epoch, t.step - t.epoch * len(self.batches)
-        t.generator.train()
+        for network in t.networks.values():
+            network.train()
         for batch in self.stop.arriving(self.loader):
             batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
             distributed.meet()
