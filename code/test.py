@@ -73,7 +73,7 @@ def evaluate(
     if images:
         clip, loaded = build.clip_of(resolved), f"pictures of {images}"
     else:
-        generator, clip, loaded = load_generator(resolved, checkpoint or find_checkpoint(resolved))
+        generator, clip, encoder, loaded = load_generator(resolved, checkpoint or find_checkpoint(resolved))
         generator.to(place)
         if resolved.clip.preprocess == "released":  # the papers' CLIP score, of a checkpoint of ours too
             clip.preprocess = "released"
@@ -89,7 +89,8 @@ def evaluate(
         side = generator.sizes[-1]
         if not against and side != resolved.model.imsize:
             distributed.say(f"it draws {side} px; the test images are taken at {resolved.model.imsize} (model.imsize)")
-        evaluator = Evaluator(scorer, items, devices.choose_precision(resolved.train.precision, place))
+        precision = devices.choose_precision(resolved.train.precision, place)
+        evaluator = Evaluator(scorer, items, precision, encoder.to(place))
         scores, protocols = evaluator(generator), evaluator.protocols
 
     if distributed.rank() == 0:

@@ -33,6 +33,7 @@ CHOICES = {
     "clip.source": ("openai", "open_clip"),
     "clip.activation": ("quick_gelu", "gelu"),
     "clip.preprocess": ("standard", "released"),
+    "text.encoder": ("clip", "damsm"),
     "train.device": ("auto", "cpu", "cuda"),
     "train.precision": ("auto", "fp32", "bf16", "fp16"),
 }
@@ -43,6 +44,7 @@ AT_LEAST = {
     "model.z_dim": 1,
     "model.d_channels": 4,
     "model.d_start": 0.0,
+    "text.words": 1,
     "train.batch_size": 2,  # the mismatched caption is another image's
     "train.mismatch_pool": 1,
     "train.max_epoch": 1,
@@ -120,6 +122,8 @@ OPTIONAL = {  # null, or of this type
     "clip.activation": str,
     "clip.feature_blocks": list,
     "clip.prompt_blocks": list,
+    "text.weights": str,
+    "text.vocabulary": str,
     "eval.inception_weights": str,
     "eval.inception_released_weights": str,
     "eval.released_npz": str,
@@ -129,6 +133,8 @@ PATHS = (
     "data.test_dir",
     "model.shipped",
     "clip.weights",  # or a name to download
+    "text.weights",
+    "text.vocabulary",
     "train.resume",  # or auto, or an epoch
     "eval.inception_weights",
     "eval.inception_released_weights",

@@ -19,6 +19,7 @@ from ratlip.data.files import find_pictures
 from ratlip.data.inventory import cache_folder
 from ratlip.data.items import Item
 from ratlip.data.loader import EnlargedTestImages, Pictures, TestImages, picture_batches
+from ratlip.encoders import TextEncoder
 from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.errors import UserError
 from ratlip.metrics import METRICS, reference
@@ -180,21 +181,28 @@ class Evaluator:
     alone: neither the batch size nor the number of processes changes it.
 
     Args:
-        scorer: of pictures. Its configuration says how many samples there are, its CLIP encodes the captions.
+        scorer: of pictures. Its configuration says how many samples there are; they are compared with the captions'
+            embeddings by its CLIP, whatever the generator reads.
         items: the test split.
         precision: "fp32" or "bf16", of generating; features are always computed in float32.
+        encoder: reads the captions for the generator. None: the scorer's CLIP.
     """
 
-    def __init__(self, scorer: Scorer, items: Sequence[Item], precision: str = "fp32"):
+    def __init__(
+        self, scorer: Scorer, items: Sequence[Item], precision: str = "fp32", encoder: TextEncoder | None = None
+    ):
         self.scorer, self.items, self.precision = scorer, items, precision
         settings = scorer.config.eval
         self.batch_size = settings.batch_size
         self.samples = check_counts(settings, len(items))
         self.table = captions.CaptionTable([item.captions for item in items])
-        with distributed.first_process_first():
-            sentences = captions.embed(self.table, scorer.clip, cache_folder(scorer.config.data))
-        captions.say_cut(self.table, scorer.clip, "test captions")
-        self.sentences = sentences.to(scorer.device)
+        readers = dict.fromkeys((scorer.clip, encoder or scorer.clip))  # one or two
+        sentences = []
+        for reader in readers:
+            with distributed.first_process_first():
+                sentences.append(captions.embed(self.table, reader, cache_folder(scorer.config.data), items))
+            captions.say_cut(self.table, reader, "test captions")
+        self.judged, self.sentences = sentences[0].to(scorer.device), sentences[-1].to(scorer.device)
         self.better = scorer.better
         self.protocols = scorer.protocols(self.samples)
 
@@ -211,9 +219,10 @@ class Evaluator:
         for batch in (numbers[i : i + self.batch_size] for i in range(0, len(numbers), self.batch_size)):
             rows = [self._row(number) for number in batch]
             noise = devices.send(seeded_noise(NOISE_SEED, batch, generator.noise_dim), self.sentences.device)
-            sentences = self.sentences[devices.send(torch.from_numpy(np.array(rows)), self.sentences.device)]
-            images = generate(generator, padded(noise), padded(sentences), self.precision)[: len(batch)]
-            yield Scored(torch.from_numpy(np.array(batch)), images, [self.table.texts[row] for row in rows], sentences)
+            place = devices.send(torch.from_numpy(np.array(rows)), self.sentences.device)
+            images = generate(generator, padded(noise), padded(self.sentences[place]), self.precision)[: len(batch)]
+            texts = [self.table.texts[row] for row in rows]
+            yield Scored(torch.from_numpy(np.array(batch)), images, texts, self.judged[place])
 
     def _row(self, number: int) -> int:
         """Caption row of sample `number`."""

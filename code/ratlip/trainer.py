@@ -208,8 +208,9 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     clip = build.clip_of(config).to(place)
     table = captions.CaptionTable([item.captions for item in items])
     with distributed.first_process_first():
-        sentences = captions.embed(table, clip, cache_folder(config.data))
-    captions.say_cut(table, clip, "training captions")
+        encoder = build.text_encoder_of(config, clip)
+        sentences = captions.embed(table, encoder, cache_folder(config.data), items)
+    captions.say_cut(table, encoder, "training captions")
     batches = EpochBatches(
         table,
         config.train.batch_size,
@@ -222,7 +223,7 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     )
     images = TrainingImages(items, config.model.imsize, config.data.enlarge, config.data.flip, config.train.seed)
     loader = training_loader(images, batches, config.data.num_workers, pin=place.type == "cuda")
-    evaluator = Evaluator(Scorer(config, clip, test_items), test_items, precision)
+    evaluator = Evaluator(Scorer(config, clip, test_items), test_items, precision, encoder)
     clip.drop_text_tower()
 
     kind = SYSTEMS[config.model.name]
