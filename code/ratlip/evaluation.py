@@ -119,8 +119,10 @@ class Scorer:
             for metric in every:
                 scores.update(metric.compute())
         names = {name for stream in streams for name in stream.names}
-        scores = {name: value for name, value in scores.items() if name.split("/")[0] in names}
-        return {**scores, **(beside or {}), "images": streams[0].count if streams else 0, **stages.seconds()}
+        scores |= beside or {}
+        ordered = [name for asked in self.names if asked in names for name in scores if name.split("/")[0] == asked]
+        counted = {"images": streams[0].count if streams else 0}
+        return {**{name: scores[name] for name in ordered}, **counted, **stages.seconds()}
 
     def _read(self, stream: Stream, metrics: Sequence[Metric], stages: "Stages", bar: tqdm) -> None:
         """One pass over a stream's pictures."""
