@@ -26,6 +26,7 @@ OF_A_START = ("train.resume", "train.max_hours", "clip.insist")
 
 CHOICES = {
     "data.layout": ("demo", "bird", "flower", "face", "coco", "folder", "webdataset", "parquet"),
+    "data.fit": ("crop", "pad"),
     "model.name": ("ratlip", "galip"),
     "model.rat.state": ("shared", "independent"),
     "model.rat.scope": ("mapper", "all"),

@@ -78,7 +78,7 @@ class Scorer:
         if "caption_accuracy" in asked and config.data.layout != "demo":
             raise UserError("eval.metrics: caption_accuracy reads the demo's shapes; it needs data.layout demo")
         self.config, self.clip, self.device = config, clip, clip.mean.device
-        self.judge = judge_of(config, clip) if any(METRICS[name].space == "clip" for name in asked) else clip
+        self.judge = judge_of(config, clip)
         self.spaces: dict[str, Space] = {}
         self.references: dict[str, Reference] = {}
         self.missing: list[str] = []  # metrics whose weights are not there
@@ -187,12 +187,14 @@ class Scorer:
             return reference.load(path, space, self.device, expected, bare=True)
 
         need_two(len(items), "the test split")
-        pictures, protocol = TestImages(items, imsize), f"{space.protocol}; {imsize} px, centre"
+        fit, pads = self.config.data.fit, self.config.data.fit != "crop"
+        pictures = TestImages(items, imsize, fit)
+        protocol = f"{space.protocol}; {imsize} px, {'padded' if pads else 'centre'}"
         if released:
             pictures = EnlargedTestImages(pictures, max(1, round(settings.released_images / len(items))))
             protocol += f"; {pictures.copies} views of each"
         folder = cache_folder(self.config.data).with_name("stats")
-        path = folder / f"{space.statistics}_test_{imsize}_{len(pictures)}.npz"
+        path = folder / f"{space.statistics}_test_{imsize}{f'_{fit}' if pads else ''}_{len(pictures)}.npz"
         facts = {"protocol": protocol, "weights": space.checksum, "count": len(pictures)}
         facts["pictures"] = reference.fingerprint(items)
         reason = distributed.same(reference.outdated(path, facts, space.keeps_features) if path.is_file() else MISSING)
@@ -250,6 +252,10 @@ class Evaluator:
         generator.train(training)
         return scores
 
+    def samples_of(self, generator: Generator, numbers: Sequence[int]) -> Scored:
+        """The samples of these numbers, as they are scored."""
+        return self._drawn(generator, numbers, [self.row(number) for number in numbers], numbers)
+
     def row(self, number: int) -> int:
         """Caption row of sample `number`."""
         turn, image = divmod(number, len(self.table.starts) - 1)
@@ -272,7 +278,7 @@ class Evaluator:
     def _generated(self, generator: Generator) -> Iterator[Scored]:
         """This process's share of the samples."""
         for batch in _shares(self.samples, self.batch_size):
-            yield self._drawn(generator, batch, [self.row(number) for number in batch], batch)
+            yield self.samples_of(generator, batch)
 
     def _repeated(self, generator: Generator) -> Iterator[Scored]:
         """This process's share of the pictures of `repeated`; a caption's are together."""
