@@ -213,7 +213,7 @@ def sample_grid(t: "Training", evaluator: Evaluator) -> Image.Image:
     columns, noises = min(GRID[0], len(evaluator.items)), range(GRID[1])
     numbers = np.random.default_rng(0).choice(len(evaluator.items), columns, replace=False).tolist()
     rows = evaluator.table.starts[numbers]  # each image's first caption
-    test_images = TestImages(evaluator.items, t.generator.sizes[-1])
+    test_images = TestImages(evaluator.items, t.generator.sizes[-1], evaluator.scorer.config.data.fit)
     real, blocks = to_floats(torch.stack([test_images[number][0] for number in numbers])), []
     titles, device = ["real"], t.sentences.device
     sentences = evaluator.sentences[devices.send(torch.from_numpy(rows), device)]

@@ -221,7 +221,8 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
         sentences,
         shard_numbers(items),
     )
-    images = TrainingImages(items, config.model.imsize, config.data.enlarge, config.data.flip, config.train.seed)
+    reading = (config.data.enlarge, config.data.flip, config.train.seed, config.data.fit)
+    images = TrainingImages(items, config.model.imsize, *reading)
     loader = training_loader(images, batches, config.data.num_workers, pin=place.type == "cuda")
     evaluator = Evaluator(Scorer(config, clip, test_items), test_items, precision, encoder)
     clip.drop_text_tower()
