@@ -82,11 +82,12 @@ def _has(weights: Mapping, pattern: str) -> bool:
 
 
 def _blocks(weights: Mapping[str, Tensor], network: str, name: str, fewest: int) -> int:
-    """How many blocks of that name a network has; a UserError for less than are ever drawn with."""
-    count = len({found[0] for key in weights if (found := re.match(rf"{re.escape(name)}\d+\.", key))})
-    if count < fewest:
-        raise UserError(f"{network} has {count} blocks {name}N; {fewest} at least were expected")
-    return count
+    """How many blocks of that name a network has; a UserError where one of them is missing."""
+    numbers = {int(found[1]) for key in weights if (found := re.match(rf"{re.escape(name)}(\d+)\.", key))}
+    for number in range(max(fewest, len(numbers))):
+        if number not in numbers:
+            raise UserError(f"{network} has no {name}{number}: not a network of this system, or an incomplete one")
+    return len(numbers)
 
 
 def _check(info: Mapping[str, int], network: str) -> None:
