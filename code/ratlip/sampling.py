@@ -170,10 +170,11 @@ def _released_generator(config: EasyDict, content: dict, path: str | Path) -> tu
         return generator, clip, clip, f"{path}: {released.describe(info)}"
     encoder = build.text_encoder_of(config, clip)
     if encoder.embedding_dim != info["cond_dim"]:
+        name = info["system"].lower().replace("-", "")
         raise UserError(
-            f"{path} is a released {info['system']} of sentence vectors of {info['cond_dim']} numbers, here they have "
-            f"{encoder.embedding_dim}: set model.name={info['name']} text.encoder=damsm, and text.weights and "
-            "text.vocabulary to the encoder that it was trained with"
+            f"{path} is a released {info['system']}, of sentence vectors of {info['cond_dim']} numbers; here they have "
+            f"{encoder.embedding_dim}: set model.name={name} text.encoder=damsm, and text.weights and text.vocabulary "
+            "to the encoder that it was trained with"
         )
     return generator, clip, encoder, f"{path}: {released.describe(info)}"
 
