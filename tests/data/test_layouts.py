@@ -94,7 +94,7 @@ def build_folder(root: Path, keys: list[str]) -> Path:
 
 def read_items(layout: str, root: Path, split: str) -> list[Item]:
     """The items as training gets them."""
-    data = {"layout": layout, "dir": str(root), "num_workers": 0, "enlarge": 1.0}
+    data = {"layout": layout, "dir": str(root), "num_workers": 0, "enlarge": 1.0, "fit": "crop"}
     return usable_items(EasyDict(file="cfg/mine.yml", data=data, model={"imsize": 16}), split)
 
 
