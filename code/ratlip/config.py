@@ -3,7 +3,6 @@
 import difflib
 import functools
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -14,7 +13,7 @@ from typing import Any
 import yaml
 from easydict import EasyDict
 
-from ratlip import paths
+from ratlip import paths, published
 from ratlip.errors import UserError
 from ratlip.paths import ROOT
 from ratlip.text import decode_text
@@ -79,47 +78,6 @@ SHARES = (
     "train.augment_shift",
     "train.augment_brightness",
 )  # from 0 up to 1
-# Released GALIP and RATLIP files are flat. Where their keys stand here; all others no longer mean anything.
-FLAT = {
-    "CONFIG_NAME": "model.name",
-    "dataset_name": "data.layout",
-    "data_dir": "data.dir",
-    "imsize": "model.imsize",
-    "z_dim": "model.z_dim",
-    "nf": "model.nf",
-    "manual_seed": "train.seed",
-    "cuda": "train.device",
-    "clip4trn": "clip.weights",
-    "max_epoch": "train.max_epoch",
-    "batch_size": "train.batch_size",
-    "lr_g": "train.lr_g",
-    "lr_d": "train.lr_d",
-    "sim_w": "train.sim_w",
-    "gen_interval": "log.gen_interval",
-    "test_interval": "log.test_interval",
-    "save_interval": "log.save_interval",
-    "sample_times": "eval.sample_times",
-    "npz_path": "eval.released_npz",
-}
-
-
-def _released_path(value: Any) -> Any:
-    """The released programs ran in their code/ folder: what is there only when seen from it is meant from there."""
-    from_code = Path(os.path.normpath(ROOT / "code" / str(value)))
-    return str(from_code) if from_code.exists() and not (ROOT / str(value)).exists() else value
-
-
-FLAT_VALUES = {
-    "model.name": lambda value: "galip" if "galip" in str(value).lower() else "ratlip",
-    "data.layout": lambda value: {"birds": "bird", "cub": "bird", "flowers": "flower", "faces": "face"}.get(
-        str(value).lower(), str(value).lower()
-    ),
-    "data.dir": _released_path,
-    "eval.released_npz": _released_path,
-    "train.device": lambda value: "auto" if value else "cpu",
-    "clip.weights": lambda value: value.get("type") if isinstance(value, dict) else value,
-}
-
 OPTIONAL = {  # null, or of this type
     "data.test_dir": str,
     "model.shipped": str,
@@ -183,7 +141,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
     """
     path, folder = _find(path)
     content = {} if path.resolve() == DEFAULT else _read_yaml(path)
-    content = _translate(path, content) if "dataset_name" in content else flatten(content)
+    content = _read_keys(path, content)
     if folder:
         content.pop("train.resume", None)  # as programs before this one left it
     record = read_record(folder) if folder else {}
@@ -406,14 +364,14 @@ def _read_yaml(path: Path) -> dict:
     return content or {}
 
 
-def _translate(path: Path, content: dict) -> dict[str, Any]:
-    """A released flat file in this program's keys; says so in one line."""
-    kept = {FLAT[key]: value for key, value in content.items() if key in FLAT}
-    translated = {key: FLAT_VALUES[key](value) if key in FLAT_VALUES else value for key, value in kept.items()}
-    dropped = ", ".join(key for key in content if key not in FLAT) or "no key"
-    name = translated.setdefault("model.name", "ratlip").upper()
-    print(f"{path}: read as a released {name} configuration; no longer of meaning: {dropped}")
-    return translated
+def _read_keys(path: Path, content: dict) -> dict[str, Any]:
+    """What a file says, flat; of a published program's, which it tells in one line, in this program's keys."""
+    found = published.translate(content, ROOT)
+    if found is None:
+        return flatten(content)
+    dropped = ", ".join(found.dropped) or "no key"
+    print(f"{path}: read as a released {published.TITLES[found.system]} configuration; no longer of meaning: {dropped}")
+    return found.settings
 
 
 def _run_and_settings(words: Sequence[str]) -> tuple[str | None, list[tuple[str, dict]]]:
