@@ -34,6 +34,7 @@ CHOICES = {
     "clip.activation": ("quick_gelu", "gelu"),
     "clip.preprocess": ("standard", "released"),
     "text.encoder": ("clip", "damsm"),
+    "damsm.image_encoder": ("inception", "clip"),
     "train.device": ("auto", "cpu", "cuda"),
     "train.precision": ("auto", "fp32", "bf16", "fp16"),
 }
@@ -45,6 +46,10 @@ AT_LEAST = {
     "model.d_channels": 4,
     "model.d_start": 0.0,
     "text.words": 1,
+    "damsm.batch_size": 2,
+    "damsm.max_epoch": 1,
+    "damsm.lr": 0.0,
+    "damsm.clip_grad": 0.0,
     "train.batch_size": 2,  # the mismatched caption is another image's
     "train.mismatch_pool": 1,
     "train.max_epoch": 1,
@@ -124,6 +129,7 @@ OPTIONAL = {  # null, or of this type
     "clip.prompt_blocks": list,
     "text.weights": str,
     "text.vocabulary": str,
+    "damsm.batch_size": int,
     "eval.inception_weights": str,
     "eval.inception_released_weights": str,
     "eval.released_npz": str,
