@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ratlip.models.attn_gan.blocks import Leaky, start_as_published
 
-DEEPEST = 4  # halvings, each doubling the channels, after which the features have their channels: 64 pixels as published
+DEEPEST = 4  # halvings, each doubling the channels, to the features' channels; larger pictures go beyond and come back
 
 
 class Discriminator(nn.Module):
