@@ -1,4 +1,4 @@
-"""The losses, as pure functions of tensors: hinge, MA-GP and CLIP similarity (GALIP, arXiv 2301.12959); logistic, KL."""
+"""The losses, as pure functions of tensors: hinge, MA-GP, CLIP similarity (GALIP, arXiv 2301.12959), logistic, KL."""
 
 from collections.abc import Sequence
 
