@@ -37,6 +37,9 @@ def main() -> None:
         help="what to score; settings to override; run=NAME: the newest checkpoint of a run",
     )
     parser.add_argument("--images", type=typed, metavar="DIR", help="score these pictures; captions in .txt beside")
+    parser.add_argument(
+        "--real", action="store_true", help="score the test split's own pictures, one half against the other"
+    )
     parser.add_argument("--against", type=typed, metavar="DIR", help="compare with these pictures, not the test split")
     arguments, verbatim = commandline.parse(parser)
 
@@ -49,29 +52,38 @@ def main() -> None:
         raise UserError(f"one checkpoint at a time, not {', '.join(map(str, checkpoints))}")
     if checkpoints and arguments.images:
         raise UserError(f"score either the checkpoint {checkpoints[0]} or the pictures of {arguments.images}")
+    if arguments.real and (checkpoints or arguments.images):
+        raise UserError(
+            f"--real scores the test split's own pictures, not {checkpoints[0] if checkpoints else arguments.images}"
+        )
     for folder in filter(None, (arguments.images, arguments.against)):
         if not folder.is_dir():
             raise UserError(f"no folder {full(folder)}")
 
     resolved = config.load(arguments.config, overrides)
-    missing = evaluate(resolved, *checkpoints, images=arguments.images, against=arguments.against)
+    missing = evaluate(resolved, *checkpoints, images=arguments.images, against=arguments.against, real=arguments.real)
     sys.exit(MISSING_WEIGHTS if missing else 0)
 
 
 def evaluate(
-    resolved: "EasyDict", checkpoint: Path | None = None, images: Path | None = None, against: Path | None = None
+    resolved: "EasyDict",
+    checkpoint: Path | None = None,
+    images: Path | None = None,
+    against: Path | None = None,
+    real: bool = False,
 ) -> list[str]:
     """Score, print the table, keep it in the logs; gives the metrics that could not be computed."""
-    from ratlip import build, distributed, runs  # takes seconds, like all below: mistakes above are told at once
+    from ratlip import build, distributed, given, runs  # takes seconds, like all below: mistakes above are told at once
     from ratlip import device as devices
     from ratlip.data.inventory import usable_items
-    from ratlip.evaluation import Evaluator, Scorer, score_folder, scores_table
+    from ratlip.evaluation import Evaluator, Scorer, scores_table
     from ratlip.monitor import Board, write_scores
     from ratlip.sampling import find_checkpoint, load_generator
 
     place = devices.choose(resolved.train.device, distributed.start())
-    if images:
-        clip, loaded = build.clip_of(resolved), f"pictures of {images}"
+    if images or real:
+        clip = build.clip_of(resolved)
+        loaded = f"pictures of {images}" if images else f"the test split's own pictures, {resolved.data.dir}"
     else:
         generator, clip, loaded = load_generator(resolved, checkpoint or find_checkpoint(resolved))
         generator.to(place)
@@ -82,9 +94,14 @@ def evaluate(
     if not (images and against):
         with distributed.first_process_first():
             items = usable_items(resolved, "test")
-    scorer = Scorer(resolved, clip.to(place), items, against)
+    compared = given.folder_as_reference(against) if against else None
+    if real and not against:
+        compared = given.half_as_reference(items, resolved.model.imsize)
+    scorer = Scorer(resolved, clip.to(place), items, compared)
     if images:
-        scores, protocols = score_folder(scorer, images)
+        scores, protocols = given.score_folder(scorer, images)
+    elif real:
+        scores, protocols = given.score_real(Evaluator(scorer, items))
     else:
         side = generator.sizes[-1]
         if not against and side != resolved.model.imsize:
@@ -93,7 +110,7 @@ def evaluate(
         scores, protocols = evaluator(generator), evaluator.protocols
 
     if distributed.rank() == 0:
-        print(f"\n{scores_table({'score': scores})}\n")
+        print(f"\n{scores_table({'score': scores}, protocols)}\n")
         for name, protocol in protocols.items():
             print(f"{name}: {protocol}")
         # When all has been shown: logs that cannot be written cost no scores.

@@ -32,6 +32,8 @@ CHOICES = {
     "clip.source": ("openai", "open_clip"),
     "clip.activation": ("quick_gelu", "gelu"),
     "clip.preprocess": ("standard", "released"),
+    "eval.clip_source": ("openai", "open_clip"),
+    "eval.clip_activation": ("quick_gelu", "gelu"),
     "train.device": ("auto", "cpu", "cuda"),
     "train.precision": ("auto", "fp32", "bf16", "fp16"),
 }
@@ -119,6 +121,8 @@ OPTIONAL = {  # null, or of this type
     "clip.activation": str,
     "clip.feature_blocks": list,
     "clip.prompt_blocks": list,
+    "eval.clip_weights": str,
+    "eval.clip_activation": str,
     "eval.inception_weights": str,
     "eval.inception_released_weights": str,
     "eval.released_npz": str,
@@ -128,6 +132,7 @@ PATHS = (
     "data.test_dir",
     "model.shipped",
     "clip.weights",  # or a name to download
+    "eval.clip_weights",  # as well
     "train.resume",  # or auto, or an epoch
     "eval.inception_weights",
     "eval.inception_released_weights",
@@ -323,12 +328,12 @@ def _change_path(key: str, value: Any, base: Path, change: Callable[[str], str])
         return value
     if key == "train.resume" and (value == "auto" or value.isdigit()):
         return value
-    before = _before_clip_file(value, base) if key == "clip.weights" else ""
+    before = _before_clip_file(value, base) if key in ("clip.weights", "eval.clip_weights") else ""
     return value if before is None else before + change(value.removeprefix(before))
 
 
 def _before_clip_file(value: str, base: Path) -> str | None:
-    """What stands before the file in `clip.weights`: "", or open_clip's "architecture:"; None for no file."""
+    """What stands before the file in the name of a CLIP: "", or open_clip's "architecture:"; None for no file."""
 
     def is_file(text: str) -> bool:
         return text.startswith(("~", "$", "/", "./", "../")) or text != "" and (base / text).exists()

@@ -3,10 +3,22 @@
 from ratlip.metrics.all_features import Kid, PrecisionRecall
 from ratlip.metrics.caption_accuracy import CaptionAccuracy
 from ratlip.metrics.clip_score import ClipScore
+from ratlip.metrics.cmmd import Cmmd
+from ratlip.metrics.diversity import Diversity
 from ratlip.metrics.fid import Fid, FrechetClip, ReleasedFid
 
 METRICS = {
     name: metric
-    for metric in (Fid, ReleasedFid, FrechetClip, ClipScore, Kid, PrecisionRecall, CaptionAccuracy)
+    for metric in (
+        Fid,
+        ReleasedFid,
+        FrechetClip,
+        Cmmd,
+        ClipScore,
+        Diversity,
+        Kid,
+        PrecisionRecall,
+        CaptionAccuracy,
+    )  # fmt: skip
     for name in metric.names
 }

@@ -1,4 +1,4 @@
-"""Metrics that need the features of all pictures at once, by torch-fidelity: KID, precision and recall."""
+"""Metrics that need the features of all pictures at once; by torch-fidelity: KID, precision and recall."""
 
 import torch
 

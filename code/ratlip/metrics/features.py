@@ -60,6 +60,7 @@ class ClipSpace(Space):
     """CLIP's image embedding, not normalised."""
 
     name = "clip"
+    keeps_features = True
 
     def __init__(self, config: EasyDict, clip: FrozenClip):
         self.clip, self.dim = clip, clip.embedding_dim

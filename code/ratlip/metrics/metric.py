@@ -25,7 +25,7 @@ class Metric(ABC):
 
     Args:
         reference: the real pictures in the metric's space; None unless `against_real`.
-        count: pictures that will be scored, over all processes.
+        count: pictures that it will see, over all processes.
     """
 
     names: tuple[str, ...]  # in eval.metrics; each is also the name of a score
@@ -33,6 +33,7 @@ class Metric(ABC):
     space: str | None = None  # the features it reads
     against_real = False  # whether it compares with real pictures
     needs_captions = False
+    of_repeats = False  # whether it reads, in place of single pictures, all those of a caption, one after the other
     totals: list[Tensor]  # their sums over processes are what one process would have
 
     @abstractmethod
