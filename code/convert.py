@@ -26,9 +26,10 @@ def main() -> None:
 
     import torch  # not before: -h needs no package
 
-    from ratlip import build, checkpoint, config, released
+    from ratlip import checkpoint, config, released
     from ratlip.data.loader import BATCH_SIZE
     from ratlip.encoders.clip_towers import FrozenClip, clip  # the package, its warnings silenced
+    from ratlip.systems.clip_gan import ClipGan
     from ratlip.trainer import Training, save
 
     content = checkpoint.read(words.source)
@@ -55,11 +56,12 @@ def main() -> None:
     published = {"train.batch_size": BATCH_SIZE}
     resolved = config.load(config.DEFAULT, [f"{key}={value}" for key, value in (settings | published).items()])
     if discriminator is None:
-        discriminator = build.discriminator_of(resolved, shapes)
+        discriminator = ClipGan.make_discriminator(resolved, shapes)
         print(f"{words.source} holds no netD with netC: training on will begin with a new discriminator")
 
     # The averaged weights begin as the weights themselves: a released file holds one set.
-    t = Training(resolved.train, shapes, generator, discriminator, generator, torch.empty(0), "fp32", total_steps=1)
+    system = ClipGan(resolved.train, shapes, generator, discriminator)
+    t = Training(resolved.train, system, generator, torch.empty(0), "fp32", total_steps=1)
     t.epoch = info["epoch"] if isinstance(info["epoch"], int) else 0
     save(t, resolved, {}, 0, words.target)
     print(f"{words.source}: {released.describe(info)}\n{words.target}: the same as one of ours")

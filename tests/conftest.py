@@ -1,6 +1,7 @@
 """Fixtures: the released systems' numbers, CLIPs, and a data set of a few pictures."""
 
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from PIL import Image
 
 from ratlip.data import demo
 from ratlip.encoders.clip_towers import FrozenClip, load_clip
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, by the programs that tests start too
 
 
 @pytest.fixture(scope="session")

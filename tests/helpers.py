@@ -94,8 +94,8 @@ def watch_gradients(training) -> dict[str, dict[str, torch.Tensor]]:
     """The gradients of a Training's "g" and "d", by parameter, that its latest step gave to the optimisers."""
     found = {}
     for key, network, optimizer in (
-        ("g", training.generator, training.optimizer_g),
-        ("d", training.discriminator, training.optimizer_d),
+        ("g", training.generator, training.optimizers["generator"]),
+        ("d", training.networks["discriminator"], training.optimizers["discriminator"]),
     ):
 
         def note(*_, key=key, network=network):

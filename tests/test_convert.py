@@ -8,7 +8,8 @@ import torch
 from helpers import assert_refused, fixture_input, relative_error, released_weights
 from PIL import Image
 
-from ratlip import build, checkpoint, config
+from ratlip import checkpoint, config
+from ratlip.systems.clip_gan import ClipGan
 from ratlip.trainer import Training
 
 
@@ -62,10 +63,11 @@ def test_training_can_go_on_from_it(converted, vitb32, fixtures):
     again = config.load("cfg/bird.yml", words)
     stored = {key: value for key, value in content["config"].items() if key.startswith(("model.", "clip."))}
     assert {key: config.flatten(again)[key] for key in stored} == stored
-    generator, discriminator = build.generator_of(again, vitb32), build.discriminator_of(again, vitb32)
-    t = Training(again.train, vitb32, generator, discriminator, None, torch.empty(0), "fp32", 1)
-    for name in ("generator", "discriminator", "optimizer_g", "optimizer_d"):
-        getattr(t, name).load_state_dict(content[name])
+    t = Training(again.train, ClipGan.build(again, vitb32), None, torch.empty(0), "fp32", 1)
+    for name, network in t.networks.items():
+        network.load_state_dict(content[name])
+        t.optimizers[name].load_state_dict(content["optimizers"][name])
+    generator, discriminator = t.generator, t.networks["discriminator"]
     assert all(torch.equal(content["ema"][key], value) for key, value in content["generator"].items())
     with torch.no_grad():
         image = generator.eval()(fixture_input("noise", 1, 100), fixture_input("sent", 1, 512))

@@ -206,7 +206,7 @@ def test_what_was_drawn_is_scored_as_it_lies(tmp_path, call):
     found = json.loads(line.read_text())
     assert found["images"] == 16
 
-    generator, clip, _ = load_generator(config.load("cfg/demo.yml"), "assets/demo/generator.pth")
+    generator, clip, _, _ = load_generator(config.load("cfg/demo.yml"), "assets/demo/generator.pth")
     sentences = embed_captions(clip, captions)
     images = draw(generator, sentences, seeded_noise(0, range(8), generator.noise_dim))
     levels = ((images + 1) * 127.5).round() / 127.5 - 1  # as 8 bits keep them

@@ -65,6 +65,29 @@ def read(path: str | Path, mmap: bool = False) -> dict:
     return content
 
 
+class _PlainUnpickler(pickle.Unpickler):
+    """Builds plain containers, texts and numbers; what would import code is refused."""
+
+    def find_class(self, module: str, name: str) -> None:
+        raise pickle.UnpicklingError(f"asks for {module}.{name}")
+
+
+def read_pickle(path: Path) -> Any:
+    """The plain containers, texts and numbers in a pickle, as data sets have them; Python 2's byte strings as Latin-1.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UserError: a broken one, or one that asks to run code.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _PlainUnpickler(file, encoding="latin-1").load()
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a broken pickle can fail in any way
+        raise UserError(f"{path}: no pickle of plain lists and texts, refused ({first_line(error)})") from None
+
+
 def _read_safetensors(path: Path) -> OrderedDict:
     from safetensors import SafetensorError, safe_open  # not needed by programs that meet no such file
 

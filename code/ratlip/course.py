@@ -65,7 +65,8 @@ class Course:
         """One pass over the images, or what is left of it."""
         t, device = self.t, self.t.sentences.device
         self.batches.epoch, self.batches.start = t.epoch, t.step - t.epoch * len(self.batches)
-        t.generator.train()
+        for network in t.networks.values():
+            network.train()
         for batch in self.stop.arriving(self.loader):
             batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
             distributed.meet()
@@ -212,7 +213,7 @@ def sample_grid(t: "Training", evaluator: Evaluator) -> Image.Image:
     columns, noises = min(GRID[0], len(evaluator.items)), range(GRID[1])
     numbers = np.random.default_rng(0).choice(len(evaluator.items), columns, replace=False).tolist()
     rows = evaluator.table.starts[numbers]  # each image's first caption
-    test_images = TestImages(evaluator.items, t.generator.sizes[-1])
+    test_images = TestImages(evaluator.items, t.generator.sizes[-1], evaluator.scorer.config.data.fit)
     real, blocks = to_floats(torch.stack([test_images[number][0] for number in numbers])), []
     titles, device = ["real"], t.sentences.device
     sentences = evaluator.sentences[devices.send(torch.from_numpy(rows), device)]

@@ -23,6 +23,7 @@ from ratlip.data import captions, demo
 from ratlip.data.inventory import cache_folder
 from ratlip.data.items import Item
 from ratlip.data.loader import EnlargedTestImages, TestImages, resize_shorter, to_bytes, to_floats
+from ratlip.encoders import TextEncoder
 from ratlip.encoders.clip_towers import FrozenClip, load_clip
 from ratlip.errors import UserError
 from ratlip.metrics import METRICS, reference
@@ -78,7 +79,7 @@ class Scorer:
         if "caption_accuracy" in asked and config.data.layout != "demo":
             raise UserError("eval.metrics: caption_accuracy reads the demo's shapes; it needs data.layout demo")
         self.config, self.clip, self.device = config, clip, clip.mean.device
-        self.judge = judge_of(config, clip) if any(METRICS[name].space == "clip" for name in asked) else clip
+        self.judge = judge_of(config, clip)
         self.spaces: dict[str, Space] = {}
         self.references: dict[str, Reference] = {}
         self.missing: list[str] = []  # metrics whose weights are not there
@@ -119,8 +120,10 @@ class Scorer:
             for metric in every:
                 scores.update(metric.compute())
         names = {name for stream in streams for name in stream.names}
-        scores = {name: value for name, value in scores.items() if name.split("/")[0] in names}
-        return {**scores, **(beside or {}), "images": streams[0].count if streams else 0, **stages.seconds()}
+        scores |= beside or {}
+        ordered = [name for asked in self.names if asked in names for name in scores if name.split("/")[0] == asked]
+        counted = {"images": streams[0].count if streams else 0}
+        return {**{name: scores[name] for name in ordered}, **counted, **stages.seconds()}
 
     def _read(self, stream: Stream, metrics: Sequence[Metric], stages: "Stages", bar: tqdm) -> None:
         """One pass over a stream's pictures."""
@@ -186,12 +189,14 @@ class Scorer:
             return reference.load(path, space, self.device, expected, bare=True)
 
         need_two(len(items), "the test split")
-        pictures, protocol = TestImages(items, imsize), f"{space.protocol}; {imsize} px, centre"
+        fit, pads = self.config.data.fit, self.config.data.fit != "crop"
+        pictures = TestImages(items, imsize, fit)
+        protocol = f"{space.protocol}; {imsize} px, {'padded' if pads else 'centre'}"
         if released:
             pictures = EnlargedTestImages(pictures, max(1, round(settings.released_images / len(items))))
             protocol += f"; {pictures.copies} views of each"
         folder = cache_folder(self.config.data).with_name("stats")
-        path = folder / f"{space.statistics}_test_{imsize}_{len(pictures)}.npz"
+        path = folder / f"{space.statistics}_test_{imsize}{f'_{fit}' if pads else ''}_{len(pictures)}.npz"
         facts = {"protocol": protocol, "weights": space.checksum, "count": len(pictures)}
         facts["pictures"] = reference.fingerprint(items)
         reason = distributed.same(reference.outdated(path, facts, space.keeps_features) if path.is_file() else MISSING)
@@ -212,20 +217,24 @@ class Evaluator:
     CAPTIONS test images, spread over the split, the first caption, each with PICTURES noises.
 
     Args:
-        scorer: of pictures. Its configuration says how many samples there are; its CLIP encodes the captions for the
-            generator, its judge for the metrics.
+        scorer: of pictures. Its configuration says how many samples there are; its judge encodes the captions for the
+            metrics, whatever the generator reads.
         items: the test split.
         precision: "fp32" or "bf16", of generating; features are always computed in float32.
+        encoder: reads the captions for the generator. None: the scorer's CLIP.
     """
 
-    def __init__(self, scorer: Scorer, items: Sequence[Item], precision: str = "fp32"):
+    def __init__(
+        self, scorer: Scorer, items: Sequence[Item], precision: str = "fp32", encoder: TextEncoder | None = None
+    ):
         self.scorer, self.items, self.precision = scorer, items, precision
         settings = scorer.config.eval
         self.batch_size = settings.batch_size
         self.samples = check_counts(settings, len(items))
         self.table = captions.CaptionTable([item.captions for item in items])
-        self.sentences = self._embedded(scorer.clip, "")  # what generators read
-        self.judged = self.sentences if scorer.judge is scorer.clip else self._embedded(scorer.judge, " (by the judge)")
+        encoders = dict.fromkeys((encoder or scorer.clip, scorer.judge))  # one or two
+        read = [self._embedded(each, " (by the judge)" * bool(turn)) for turn, each in enumerate(encoders)]
+        self.sentences, self.judged = read[0], read[-1]  # what generators read; what scores compare with
         images = np.arange(min(CAPTIONS, len(items))) * len(items) // min(CAPTIONS, len(items))
         self.repeated = self.table.starts[images].tolist()  # the caption rows that get several pictures
         self.better = scorer.better
@@ -249,16 +258,20 @@ class Evaluator:
         generator.train(training)
         return scores
 
+    def samples_of(self, generator: Generator, numbers: Sequence[int]) -> Scored:
+        """The samples of these numbers, as they are scored."""
+        return self._drawn(generator, numbers, [self.row(number) for number in numbers], numbers)
+
     def row(self, number: int) -> int:
         """Caption row of sample `number`."""
         turn, image = divmod(number, len(self.table.starts) - 1)
         start, end = self.table.starts[image : image + 2]
         return int(start + turn % (end - start))
 
-    def _embedded(self, clip: FrozenClip, by: str) -> Tensor:
+    def _embedded(self, encoder: TextEncoder, by: str) -> Tensor:
         with distributed.first_process_first():
-            sentences = captions.embed(self.table, clip, cache_folder(self.scorer.config.data))
-        captions.say_cut(self.table, clip, f"test captions{by}")
+            sentences = captions.embed(self.table, encoder, cache_folder(self.scorer.config.data), self.items)
+        captions.say_cut(self.table, encoder, f"test captions{by}")
         return sentences.to(self.scorer.device)
 
     def _streams(self, generator: Generator | None) -> list[Stream]:
@@ -271,7 +284,7 @@ class Evaluator:
     def _generated(self, generator: Generator) -> Iterator[Scored]:
         """This process's share of the samples."""
         for batch in _shares(self.samples, self.batch_size):
-            yield self._drawn(generator, batch, [self.row(number) for number in batch], batch)
+            yield self.samples_of(generator, batch)
 
     def _repeated(self, generator: Generator) -> Iterator[Scored]:
         """This process's share of the pictures of `repeated`; a caption's are together."""

@@ -4,6 +4,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from easydict import EasyDict
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -38,12 +39,12 @@ def folder_as_reference(folder: Path) -> Against:
     return Against(pictures, f"{len(pictures):,} pictures of {folder}")
 
 
-def half_as_reference(items: Sequence[Item], imsize: int) -> Against:
+def half_as_reference(config: EasyDict, items: Sequence[Item]) -> Against:
     """Every second picture of the test split, to compare the others with."""
     if len(items) < 4:
         raise UserError(f"the test split has {len(items)} pictures; to compare its halves it needs 4")
     half = items[1::2]
-    return Against(TestImages(half, imsize), f"{len(half):,} pictures of the test split, the others are scored")
+    return Against(_test_images(config, half), f"{len(half):,} pictures of the test split, the others are scored")
 
 
 def score_folder(scorer: Scorer, folder: Path) -> tuple[dict[str, float], dict[str, str]]:
@@ -78,26 +79,28 @@ def score_folder(scorer: Scorer, folder: Path) -> tuple[dict[str, float], dict[s
     return scorer(streams), scorer.protocols(streams)
 
 
-def score_real(evaluator: Evaluator) -> tuple[dict[str, float], dict[str, str]]:
+def score_real(evaluator: Evaluator, halved: bool) -> tuple[dict[str, float], dict[str, str]]:
     """Scores, and protocols, of the test split's own pictures, as if they had been generated: what a score means.
 
-    Sample i is the real picture of the caption that generated sample i has. Distances are of every second picture, to
-    the scorer's reference: the other half (`half_as_reference`), or a folder.
+    Sample i is the real picture of the caption that generated sample i has.
+
+    Args:
+        halved: distances are of every second picture, since the scorer's reference is the others
+            (`half_as_reference`); else of all.
     """
     scorer, items = evaluator.scorer, evaluator.items
     single, several = split_names(scorer.names)
-    imsize = scorer.config.model.imsize
-    half = TestImages(items[::2], imsize)
+    compared = _test_images(scorer.config, items[::2] if halved else items)
     if scorer.config.data.layout == "demo":
         texts = [evaluator.table.texts[row] for row in evaluator.repeated]
         drawn = Stream(rendered_repeats(scorer, texts), len(texts) * PICTURES, several)
     else:
-        drawn = _alike(scorer, TestImages(items, imsize), [item.captions for item in items], several)
+        drawn = _alike(scorer, _test_images(scorer.config, items), [item.captions for item in items], several)
     streams = [
         Stream(_real(evaluator), evaluator.samples, [name for name in single if not METRICS[name].against_real]),
         Stream(
-            (Scored(numbers, images, None, None) for images, numbers in _loaded(scorer, half)),
-            len(half),
+            (Scored(numbers, images, None, None) for images, numbers in _loaded(scorer, compared)),
+            len(compared),
             [name for name in single if METRICS[name].against_real],
         ),
         drawn,
@@ -108,7 +111,7 @@ def score_real(evaluator: Evaluator) -> tuple[dict[str, float], dict[str, str]]:
 def _real(evaluator: Evaluator) -> Iterator[Scored]:
     """This process's share of the real pictures with the samples' captions; a picture's features are found once."""
     table, count, place = evaluator.table, len(evaluator.items), evaluator.judged.device
-    pictures = TestImages(evaluator.items[: evaluator.samples], evaluator.scorer.config.model.imsize)
+    pictures = _test_images(evaluator.scorer.config, evaluator.items[: evaluator.samples])
     for images, numbers in _loaded(evaluator.scorer, pictures):
         features: dict[str, Tensor] = {}
         for first in range(0, evaluator.samples, count):
@@ -122,6 +125,10 @@ def _real(evaluator: Evaluator) -> Iterator[Scored]:
             scored = Scored(samples, images[on_device], texts, sentences, known, numbers[kept])
             yield scored
             features = features or scored.features  # of all: the first turn leaves none out
+
+
+def _test_images(config: EasyDict, items: Sequence[Item]) -> TestImages:
+    return TestImages(items, config.model.imsize, config.data.fit)
 
 
 def _loaded(scorer: Scorer, pictures: Dataset) -> Iterator[tuple[Tensor, Tensor]]:

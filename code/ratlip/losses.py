@@ -22,8 +22,9 @@ def matching_aware_gradient_penalty(logits: Tensor, inputs: Sequence[Tensor], sc
 
     Args:
         logits: (B, 1), a function of `inputs`; sample i depends on row i of each input alone.
-        inputs: tensors (B, ...) that require gradients: the CLIP feature maps and the sentence embedding. The
-            norm is taken over all of them together.
+        inputs: tensors (B, ...) that require gradients: what the critic reads of the picture (RATLIP, GALIP: CLIP
+            feature maps; DF-GAN, RAT-GAN: the picture itself) and the sentence vector. The norm is taken over all of
+            them together.
         scale: the logits are multiplied by it before, the gradients divided by it after differentiating, so that
             gradients in float16 do not vanish; the penalty does not depend on it.
     """

@@ -106,13 +106,16 @@ def resize(config: EasyDict, items: list[Item]) -> None:
 
 
 def embed_captions(config: EasyDict, items: dict[str, list[Item]]) -> FrozenClip:
-    """Fill the cache of caption embeddings for each split's items, and name the captions whose end CLIP does not read;
-    gives the CLIP that made them."""
+    """Fill the cache of caption embeddings for each split's items, and name the captions that are not read to their
+    end; gives the CLIP that scores will compare with."""
     clip = build.clip_of(config).to(device.choose(config.train.device))
+    encoder = build.text_encoder_of(config, clip)
     counts = []
     for split, own in items.items():
         table = captions.CaptionTable([item.captions for item in own])
-        captions.embed(table, clip, cache_folder(config.data))
+        if split == "test" and encoder is not clip:
+            captions.embed(table, clip, cache_folder(config.data))  # for scores
+        captions.embed(table, encoder, cache_folder(config.data), own)
         for row in table.cut[:LISTED]:
             item = own[np.searchsorted(table.starts, row, side="right") - 1]
             print(f"cut caption  {item.key}: {table.texts[row]!r}")
@@ -120,7 +123,7 @@ def embed_captions(config: EasyDict, items: dict[str, list[Item]]) -> FrozenClip
             print(f"cut caption  and {len(table.cut) - LISTED:,} more of the {split} split")
         counts.append(f"{len(table.cut):,} of {len(table.texts):,} ({split})")
     print(f"caption embeddings  {cache_folder(config.data)}")
-    print(f"cut captions        {', '.join(counts)}: longer than the {clip.context_length} tokens that CLIP reads")
+    print(f"cut captions        {', '.join(counts)}: longer than the {encoder.limit}")
     return clip
 
 

@@ -227,7 +227,7 @@ def _settings(config: EasyDict, start: Start) -> dict:
         return now
     if then is None:
         return {**now, "train.seed": own["train.seed"], **config.origin.words}
-    defaults = configuration.default_settings()
+    defaults = configuration.base_settings(config.model.name, config.data.layout)
     said = {key: stated.get(key, default) for key, default in defaults.items()}
     changed = {key: value for key, value in said.items() if value != then.get(key, defaults[key])}
     of_this_start = {key: said[key] for key in configuration.OF_A_START}

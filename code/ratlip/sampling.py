@@ -13,6 +13,7 @@ from torch import Tensor
 from ratlip import build, checkpoint, released, runs
 from ratlip import config as configuration
 from ratlip import device as devices
+from ratlip.encoders import TextEncoder, damsm
 from ratlip.encoders.clip_towers import OPENAI, FrozenClip, require_same, trained_with
 from ratlip.errors import UserError
 from ratlip.models.clip_gan.generator import Generator
@@ -26,17 +27,18 @@ def seeded_noise(seed: int, numbers: Sequence[int | tuple[int, ...]], dim: int) 
     return torch.from_numpy(np.stack([np.random.default_rng(k).standard_normal(dim, dtype=np.float32) for k in keys]))
 
 
-def truncated(noise: Tensor, limit: float) -> Tensor:
-    """Standard normal noise of any shape as noise of the normal distribution cut off at +-limit (limit > 0).
+def truncated(noise: Tensor, limit: float, scale: float = 1.0) -> Tensor:
+    """Standard normal noise of any shape as `scale` times noise of the normal distribution cut off at +-limit (> 0).
 
     Quantiles are mapped to quantiles: a smaller limit gives less varied pictures of the same order (the truncation
-    trick of BigGAN, Brock et al. 2019, arXiv 1809.11096), a large one the noise itself.
+    trick of BigGAN, Brock et al. 2019, arXiv 1809.11096), a large one the noise itself. DF-GAN was evaluated with limit
+    2 and scale 0.88.
     """
     if not limit > 0:
         raise UserError(f"noise is truncated at a number above 0, not {limit}")
     outside = torch.special.ndtr(torch.tensor(-limit, dtype=torch.float64))  # below -limit, and above limit
     quantiles = outside + torch.special.ndtr(noise.double()) * (1 - 2 * outside)
-    return torch.special.ndtri(quantiles).clamp(-limit, limit).to(noise.dtype)
+    return (scale * torch.special.ndtri(quantiles).clamp(-limit, limit)).to(noise.dtype)
 
 
 def interpolate(start: Tensor, end: Tensor, count: int) -> Tensor:
@@ -79,12 +81,13 @@ def compiled(generator: Generator) -> Generator:
 
 
 @torch.no_grad()
-def embed_captions(clip: FrozenClip, captions: Sequence[str]) -> Tensor:
-    """Captions -> sentence embeddings (B, E). Raises UserError for an empty caption."""
+def embed_captions(encoder: TextEncoder, captions: Sequence[str]) -> Tensor:
+    """Captions -> sentence embeddings (B, E). Raises UserError for one that is empty or cannot be read."""
     for number, caption in enumerate(captions, 1):
         if not caption.strip():
             raise UserError(f"caption {number} is empty; give a description such as 'a small red star'")
-    return clip.text(clip.tokenize(captions).to(clip.mean.device))[0]
+    encoder.check(captions, lambda number: f"caption {number + 1}")
+    return encoder.encode(encoder.tokenize(captions, whole=True))
 
 
 @torch.no_grad()
@@ -110,15 +113,16 @@ def find_checkpoint(config: EasyDict) -> Path:
     )
 
 
-def load_generator(config: EasyDict, path: str | Path) -> tuple[Generator, FrozenClip, str]:
+def load_generator(config: EasyDict, path: str | Path) -> tuple[Generator, FrozenClip, TextEncoder, str]:
     """The generator of a checkpoint, ours or a released one, in eval mode on the CPU; averaged weights if it has any.
 
     Returns:
-        generator, its CLIP, and a line that says what was loaded. The network's settings are the checkpoint's own;
-        where its CLIP is found on this machine (`clip.source`, `.weights`, `.activation`) `config` may say.
+        generator, its CLIP, what reads its captions (CLIP or another), and a line that says what was loaded. The
+        network's settings are the checkpoint's own; where its encoders are found on this machine (`clip.source`,
+        `.weights`, `.activation`; `text.weights`, `.vocabulary`) `config` may say.
 
     Raises:
-        UserError: not a checkpoint, an incomplete one, or another CLIP than it was trained with.
+        UserError: not a checkpoint, an incomplete one, or another encoder than it was trained with.
     """
     devices.keep_freed_memory()
     content = checkpoint.read(path)
@@ -128,14 +132,19 @@ def load_generator(config: EasyDict, path: str | Path) -> tuple[Generator, Froze
         if generator is None:
             raise UserError(f"{path} holds no netG to sample from")
         require_same(clip, {**clip.shape, **OPENAI}, str(path), config.clip.insist)
-        return generator, clip, f"{path}: {released.describe(info)}"
+        return generator, clip, clip, f"{path}: {released.describe(info)}"
     if content.get("format") != checkpoint.FORMAT:
         raise UserError(checkpoint.UNKNOWN.format(path))
     # A checkpoint from before a setting existed was made with what is its default now.
     own = EasyDict(configuration.unflatten(configuration.from_kept(content["config"])))
-    own.clip.update(_whereabouts_of_clip(own, config))
+    own.clip.update(_whereabouts(own, config, "clip", ("source", "weights", "activation")))
+    own.text.update(_whereabouts(own, config, "text", ("weights", "vocabulary")))
+    own.data = config.data
     clip = build.clip_of(own)
     said = require_same(clip, trained_with(content), str(path), config.clip.insist)
+    encoder = build.text_encoder_of(own, clip)
+    if content.get("text"):
+        damsm.require_same(encoder, content["text"], str(path))
     generator = build.generator_of(own, clip)
     try:
         generator.load_state_dict(content.get("ema") or content["generator"])
@@ -143,15 +152,15 @@ def load_generator(config: EasyDict, path: str | Path) -> tuple[Generator, Froze
         raise UserError(f"{path} is incomplete: {' '.join(str(error).split())[:200]}") from None
     kind = "averaged weights" if content.get("ema") else "weights"
     about = f"{path}: {own.model.name}, epoch {content['epoch']}, {kind}"
-    return generator.eval(), clip, f"{about}; {said}" if said else about
+    return generator.eval(), clip, encoder, f"{about}; {said}" if said else about
 
 
-def _whereabouts_of_clip(own: EasyDict, config: EasyDict) -> dict[str, str | None]:
-    """Where a checkpoint's CLIP is found: where the user says, in the configuration or a word; else where it was in
-    training, unless that is a file of another machine."""
+def _whereabouts(own: EasyDict, config: EasyDict, group: str, keys: Sequence[str]) -> dict[str, str | None]:
+    """Where an encoder of a checkpoint is found: where the user says, in the configuration or a word; else where it
+    was in training, unless that is a file of another machine."""
     origin = config.get("origin")
     said = {**origin.stated, **origin.words} if origin else configuration.flatten(config)
-    keys = ("source", "weights", "activation")
-    there = own.clip.weights == config.clip.weights or Path(own.clip.weights).exists()
-    clip = config.clip if not there or any(f"clip.{key}" in said for key in keys) else own.clip
-    return {key: clip[key] for key in keys}
+    then, now = own[group], config[group]
+    there = then.weights == now.weights or then.weights is None or Path(then.weights).exists()
+    chosen = now if not there or any(f"{group}.{key}" in said for key in keys) else then
+    return {key: chosen[key] for key in keys}

@@ -1,6 +1,5 @@
 """Where the images, captions and splits of each supported data set lie on disk."""
 
-import pickle
 import re
 import warnings
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
-from ratlip import distributed
+from ratlip import checkpoint, distributed
 from ratlip.data import demo
 from ratlip.data.folder import read_folder
 from ratlip.data.items import Item, Problem
@@ -235,22 +234,12 @@ def _crop_around(image: Image.Image, x: float, y: float, width: float, height: f
     return image.crop((left, top, right, bottom))
 
 
-class _StringsUnpickler(pickle.Unpickler):
-    """Builds plain containers of strings; anything that would import code is refused."""
-
-    def find_class(self, module: str, name: str) -> None:
-        raise pickle.UnpicklingError(f"asks for {module}.{name}")
-
-
 def _pickled_keys(root: Path, layout: Layout, split: str) -> list[str]:
     path = root / layout.keys.format(split=split)
     try:
-        with open(path, "rb") as file:
-            keys = _StringsUnpickler(file, encoding="latin-1").load()
+        keys = checkpoint.read_pickle(path)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; it lists the keys of the {split} split") from None
-    except Exception as error:  # a broken pickle can fail in any way
-        raise UserError(f"{path}: not a pickled list of strings, refused ({error})") from None
     if not isinstance(keys, list | tuple) or not all(isinstance(key, str) for key in keys):
         raise UserError(f"{path}: expected a list of strings")
     return [key.strip() for key in keys]

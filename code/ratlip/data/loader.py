@@ -137,10 +137,11 @@ def batch_size_for(images: int, asked: int | None = None, processes: int = 1) ->
 
 
 class TrainingImages(Dataset):
-    """Decodes and augments the image of a Draw; crop and mirroring depend on (seed, epoch, image) alone."""
+    """Decodes and augments the image of a Draw; crop and mirroring depend on (seed, epoch, image) alone. `fit` is that
+    of `fitted`."""
 
-    def __init__(self, items: Sequence[Item], imsize: int, enlarge: float, flip: bool, seed: int):
-        self.items = items
+    def __init__(self, items: Sequence[Item], imsize: int, enlarge: float, flip: bool, seed: int, fit: str = "crop"):
+        self.items, self.fit = items, fit
         self.imsize, self.enlarge, self.flip, self.seed = imsize, enlarge, flip, seed
 
     def __len__(self) -> int:
@@ -148,7 +149,7 @@ class TrainingImages(Dataset):
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int]:
         rng = np.random.default_rng((self.seed, draw.epoch, draw.image))
-        image = resize_shorter(open_again(self.items[draw.image]), int(self.imsize * self.enlarge))
+        image = fitted(open_again(self.items[draw.image]), int(self.imsize * self.enlarge), self.fit)
         image = crop(image, self.imsize, *rng.random(2))
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -156,16 +157,16 @@ class TrainingImages(Dataset):
 
 
 class TestImages(Dataset):
-    """Images as evaluation sees them: shorter side to `imsize`, cut in the centre. Gives (image, number)."""
+    """Images as evaluation sees them: shorter side to `imsize`, cut in the centre; or padded. Gives (image, number)."""
 
-    def __init__(self, items: Sequence[Item], imsize: int):
-        self.items, self.imsize = items, imsize
+    def __init__(self, items: Sequence[Item], imsize: int, fit: str = "crop"):
+        self.items, self.imsize, self.fit = items, imsize, fit
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = resize_shorter(open_again(self.items[index]), self.imsize)
+        image = fitted(open_again(self.items[index]), self.imsize, self.fit)
         return to_bytes(crop(image, self.imsize, 0.5, 0.5)), index
 
 
@@ -247,6 +248,20 @@ def open_again(item: Item) -> Image.Image:
         except UserError:
             time.sleep(pause)
     return open_image(item)
+
+
+def fitted(image: Image.Image, size: int, fit: str) -> Image.Image:
+    """A picture from which squares of side `size` are cut: "crop", its shorter side is that; "pad", its longer one, and
+    it lies in the middle of such a square, whose other pixels have the colour of its border (the median)."""
+    if fit == "crop" or image.width == image.height:
+        return resize_shorter(image, size)
+    scale = size / max(image.size)
+    image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
+    levels = np.asarray(image)  # (H, W, 3)
+    border = np.concatenate([levels[0], levels[-1], levels[:, 0], levels[:, -1]])
+    square = Image.new("RGB", (size, size), tuple(np.median(border, axis=0).astype(int).tolist()))
+    square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    return square
 
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ratlip import clips
+from ratlip import device as devices
 from ratlip.clips.files import END_OF_TEXT, HEAD, MEAN, STD, activation_of, clip
 from ratlip.errors import UserError, first_line
 
@@ -20,6 +21,7 @@ OPENAI = {
     "std": [round(x, 6) for x in STD],
     "resize": "bicubic",
 }
+CUT_BATCH = 256  # captions tokenized at a time
 OTHERWISE = "is built otherwise than OpenAI's CLIP, which is all that is read here"
 TOLERANCE = 1e-3  # of our towers and the model's own, largest difference over largest value; 1e-6 is usual in float32
 
@@ -114,14 +116,38 @@ class FrozenClip(nn.Module):
         """Stays in eval mode whatever is asked."""
         return super().train(False)
 
-    def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> token ids (B, context length), int64; longer captions are cut."""
+    @property
+    def limit(self) -> str:
+        """How long a caption it reads, in words."""
+        return f"{self.context_length} tokens that CLIP reads"
+
+    def tokenize(self, captions: Sequence[str], whole: bool = False) -> Tensor:
+        """Captions -> token ids (B, context length), int64; longer captions are cut, `whole` or not."""
         return clip.tokenize(list(captions), context_length=self.context_length, truncate=True).long()
 
-    def cuts(self, captions: Sequence[str]) -> list[bool]:
-        """Whether `tokenize` cuts each caption: whether one token more than it reads would be filled."""
-        longer = clip.tokenize(list(captions), context_length=self.context_length + 1, truncate=True)
-        return longer[:, -1].ne(0).tolist()
+    def cut(self, captions: Sequence[str], whole: bool = False) -> list[int]:
+        """Numbers of the captions that `tokenize` cuts: of which one token more than it reads would be filled."""
+        # A token is a byte or more, and two mark the ends: most captions are too short for the tokenizer to be asked.
+        longer = [n for n, caption in enumerate(captions) if len(caption.encode()) > self.context_length - 2]
+        found = []
+        for batch in (longer[i : i + CUT_BATCH] for i in range(0, len(longer), CUT_BATCH)):
+            tokens = clip.tokenize([captions[n] for n in batch], context_length=self.context_length + 1, truncate=True)
+            found += [n for n, filled in zip(batch, tokens[:, -1].ne(0).tolist(), strict=True) if filled]
+        return found
+
+    def check(self, captions: Sequence[str], place: Callable[[int], str]) -> None:
+        """Nothing: CLIP reads any text."""
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Token ids of `tokenize` -> sentence embeddings (B, E), on CLIP's device."""
+        return self.text(devices.send(tokens, self.mean.device))[0]
+
+    def add_to(self, digest) -> None:
+        """Add all that its sentence embeddings depend on, besides the captions, to a hash of hashlib."""
+        for name, weight in self.clip.state_dict().items():
+            if not name.startswith("visual."):
+                digest.update(weight.cpu().numpy().tobytes())
+        digest.update(self.unlike_openai(image=False).encode())
 
     def text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Text encoder: token ids (B, L) -> sentence embedding (B, E), token features (B, L, text width).

@@ -16,7 +16,7 @@ class Scored:
     numbers: Tensor  # (B,) int64 on the CPU: each picture's place among all, whatever process and batch it comes in
     images: Tensor  # (B, 3, H, W) in [-1, 1]
     captions: Sequence[str] | None  # B texts; None where pictures came without
-    sentences: Tensor | None  # (B, E) the captions' embeddings
+    sentences: Tensor | None  # (B, E) the captions' embeddings by the evaluation's CLIP
     features: dict[str, Tensor] = field(default_factory=dict)  # (B, D) float32 by space (metrics/features.py)
     items: Tensor | None = None  # (B,) int64 on the CPU: whose captions they are, of the test split; None: each its own
 
