@@ -3,14 +3,16 @@
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ratlip import distributed, losses
+from ratlip.encoders.damsm_image import DamsmImage
+from ratlip.encoders.damsm_losses import damsm_losses
 from ratlip.models.attn_gan.discriminator import Discriminator
-from ratlip.models.attn_gan.generator import Drawn
+from ratlip.models.attn_gan.generator import Condition, Drawn
+from ratlip.systems.system import Terms
 
-Terms = dict[str, tuple[Tensor, float]]  # of a loss, by name: each as it is logged, and the weight it is learnt with
+Matched = dict[str, Tensor]
 
 
 def critic_terms(critic: Discriminator, real: Tensor, fake: Tensor, sentence: Tensor, wrong: Tensor) -> Terms:
@@ -40,14 +42,14 @@ def generator_terms(
     critics: Sequence[Discriminator],
     drawn: Drawn,
     sentence: Tensor,
-    match: Callable[[Tensor], Sequence[Tensor]],
+    match: Callable[[Tensor], Matched],
     weight: float,
 ) -> Terms:
     """Of the generator: what the updated critics say of its pictures, how far the largest match their captions, and how
     far its conditions are from standard normal ones.
 
     Args:
-        sentence: (B, E). match: DAMSM's four losses (w0, w1, s0, s1) of pictures (B, 3, S, S) with their captions.
+        sentence: (B, E). match: of pictures (B, 3, S, S), see `damsm_match`.
         weight: of these, "lambda": 5 for birds, 50 for COCO.
     """
     terms: Terms = {}
@@ -55,18 +57,26 @@ def generator_terms(
         conditional, unconditional = critic(images, sentence)
         terms[f"c{critic.side}"] = losses.logistic_real(conditional), 1
         terms[f"u{critic.side}"] = losses.logistic_real(unconditional), 1
-    for name, value in zip(("w0", "w1", "s0", "s1"), match(drawn.images[-1]), strict=True):
-        terms[name] = value, weight
+    terms |= {name: (value, weight) for name, value in match(drawn.images[-1]).items()}
     return {**terms, "kl": (losses.kl_to_standard_normal(drawn.mu, drawn.logvar), 1)}
 
 
 @torch.no_grad()
 def following(sentence: Tensor) -> Tensor:
-    """For each sample of this process's share (B, E) the sentence of the next one of the whole batch, of which this
-    process has every world_size-th. The batch's last has none: the last process gives one fewer."""
-    world_size, rank = distributed.world_size(), distributed.rank()
-    if world_size == 1:
-        return sentence[1:]
-    shares = [torch.empty_like(sentence) for _ in range(world_size)]
-    dist.all_gather(shares, sentence.contiguous())
-    return shares[rank + 1] if rank + 1 < world_size else shares[0][1:]
+    """For each sample of this process's share (B, E) the sentence of the next one of the whole batch. The batch's last
+    has none: the last process gives one fewer."""
+    return distributed.whole_batch(sentence)[distributed.rank() + 1 :: distributed.world_size()]
+
+
+def damsm_match(encoder: DamsmImage, images: Tensor, condition: Condition, classes: Tensor | None = None) -> Matched:
+    """DAMSM's losses {"w0", "w1", "s0", "s1"} of pictures (B, 3, S, S) with their captions, among those of the whole
+    batch.
+
+    Args:
+        encoder: of pictures. classes: (B,) of the pictures; None: each is of its own.
+    """
+    regions, codes = encoder(images)
+    sentence, words, real = condition
+    pairs = [regions, codes, words, real.to(words.dtype), sentence, *([] if classes is None else [classes])]
+    regions, codes, words, real, sentence, *classes = map(distributed.whole_batch, pairs)
+    return damsm_losses(regions, codes, words, real > 0, sentence, *classes)

@@ -14,7 +14,9 @@ def condition_of(lengths: list[int], dim: int = 12) -> Condition:
     words = torch.randn(len(lengths), dim, max(lengths))
     for row, length in zip(words, lengths, strict=True):
         row[:, length:] = 0
-    return Condition(torch.randn(len(lengths), dim), words, torch.tensor(lengths))
+    return Condition(
+        torch.randn(len(lengths), dim), words, torch.arange(words.shape[2]) < torch.tensor(lengths)[:, None]
+    )
 
 
 @pytest.mark.parametrize(("imsize", "stages", "sizes"), [
@@ -46,7 +48,7 @@ def test_a_picture_does_not_depend_on_its_neighbours():
     generator = Generator(stage_sizes(32, 2), 4, 12, 12, z_dim=5, condition_dim=4).eval()
     noise = torch.randn(3, generator.noise_dim)
     three = condition_of([6, 2, 3])
-    longer = three._replace(words=F.pad(three.words, (0, 2)))
+    longer = three._replace(words=F.pad(three.words, (0, 2)), real=F.pad(three.real, (0, 2)))
     for mask, same in (("own", True), ("released", False)):
         for stage in generator.stages:
             stage.attention.mask = mask

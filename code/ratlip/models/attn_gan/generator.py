@@ -19,7 +19,7 @@ class Condition(NamedTuple):
 
     sentence: Tensor  # (B, E)
     words: Tensor  # (B, D, T), zeros where a caption has ended
-    lengths: Tensor  # (B,) int64: words of each caption, at least 1
+    real: Tensor  # (B, T) bool: whether the caption has a word there; each has one at least
 
 
 class Drawn(NamedTuple):
@@ -67,12 +67,10 @@ class Generator(nn.Module):
         """noise (B, Z + C) standard normal: the pictures', then that of conditioning augmentation."""
         z, eps = noise.split([self.noise_dim - self.augmentation.dim, self.augmentation.dim], dim=1)
         code, mu, logvar = self.augmentation(condition.sentence, eps)
-        places = torch.arange(condition.words.shape[2], device=noise.device)
-        ended = places >= condition.lengths[:, None]  # (B, T)
         maps = [self.first(torch.cat([code, z], dim=1))]
         attention = []
         for stage in self.stages:
-            h, looked_at = stage(maps[-1], condition.words, ended)
+            h, looked_at = stage(maps[-1], condition.words, condition.real)
             maps.append(h)
             attention.append(looked_at)
         images = [to_rgb(h).tanh() for to_rgb, h in zip(self.to_rgb, maps, strict=True)]
@@ -122,9 +120,9 @@ class NextStage(nn.Module):
         self.residual = nn.Sequential(*(Residual(2 * channels) for _ in range(residuals)))
         self.up = Gated(2 * channels, channels, doubling=True)
 
-    def forward(self, h: Tensor, words: Tensor, ended: Tensor) -> tuple[Tensor, Tensor]:
-        """Also the attention (B, T, S, S). `ended` (B, T): where a caption has no word any more."""
-        context, attention = self.attention(h, words, ended)
+    def forward(self, h: Tensor, words: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Also the attention (B, T, S, S). `real` (B, T): where a caption has words."""
+        context, attention = self.attention(h, words, real)
         return self.up(self.residual(torch.cat([h, context], dim=1))), attention
 
 
@@ -136,21 +134,21 @@ class WordAttention(nn.Module):
         self.mask = mask
         self.project = nn.Linear(word_dim, channels, bias=False)
 
-    def forward(self, h: Tensor, words: Tensor, ended: Tensor) -> tuple[Tensor, Tensor]:
-        """h (B, C, S, S), words (B, D, T), ended (B, T) -> context (B, C, S, S), attention (B, T, S, S)."""
+    def forward(self, h: Tensor, words: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """h (B, C, S, S), words (B, D, T), real (B, T) -> context (B, C, S, S), attention (B, T, S, S)."""
         keys = self.project(words.transpose(1, 2))  # (B, T, C)
         if self.mask == "released":
             # Of the rows of scores, sample by sample, row k takes the mask of sample k mod B.
             count, positions = len(h), h.shape[2] * h.shape[3]
             rows = torch.arange(count * positions, device=h.device).remainder(count)
-            hidden = ended[rows.unflatten(0, (count, positions))]  # (B, S * S, T)
+            shown = real[rows.unflatten(0, (count, positions))]  # (B, S * S, T)
         else:
-            hidden = ended[:, None]  # (B, 1, T)
+            shown = real[:, None]  # (B, 1, T)
         with torch.autocast(h.device.type, enabled=False):  # the products are large: rounded ones choose other words
             exact = torch.promote_types(h.dtype, torch.float32)
             keys = keys.to(exact)
             scores = h.to(exact).flatten(2).transpose(1, 2) @ keys.transpose(1, 2)  # (B, S * S, T)
-            shares = scores.masked_fill(hidden, float("-inf")).softmax(dim=2)
+            shares = scores.masked_fill(~shown, float("-inf")).softmax(dim=2)
             context = (shares @ keys).transpose(1, 2).unflatten(2, h.shape[2:])
         return context.to(h.dtype), shares.transpose(1, 2).unflatten(2, h.shape[2:])
 
