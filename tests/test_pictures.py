@@ -7,6 +7,7 @@ import pytest
 import torch
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
+from helpers import fixture_input
 from PIL import Image, features
 
 from ratlip import lettering
@@ -46,6 +47,13 @@ def test_to_pictures_clamps_and_rounds():
     assert [(p.size, p.mode) for p in pictures] == [((9, 4), "RGB")] * 2
     assert np.array(pictures[0])[1, :, 0].tolist() == [0, 0, 0, 1, 140, 254, 255, 255, 255]
     assert not np.array(pictures[1])[..., 2].any() and np.array(pictures[1])[..., 0].any()
+
+
+def test_pictures_as_dfgan_saves_them(dfgan_answers):
+    """It cuts levels off where ours are rounded: what ours gives of a picture half a level darker."""
+    image = fixture_input("image", 2, 3, 256, 256).tanh()[:1]
+    found = np.asarray(to_pictures(image - 1 / 255)[0])
+    assert np.array_equal(found[::17, ::17], dfgan_answers["png.u8"])
 
 
 def test_to_pictures_gives_back_every_level():

@@ -35,6 +35,7 @@ CHOICES = {
     "clip.activation": ("quick_gelu", "gelu"),
     "clip.preprocess": ("standard", "released"),
     "text.encoder": ("clip", "damsm"),
+    "ratgan.affines": (4, 6),
     "eval.clip_source": ("openai", "open_clip"),
     "eval.clip_activation": ("quick_gelu", "gelu"),
     "train.device": ("auto", "cpu", "cuda"),
@@ -47,6 +48,8 @@ AT_LEAST = {
     "model.z_dim": 1,
     "model.d_channels": 4,
     "model.d_start": 0.0,
+    "model.noise_scale": 0.0,
+    "ratgan.g_start": 0.0,
     "text.words": 1,
     "train.batch_size": 2,  # the mismatched caption is another image's
     "train.mismatch_pool": 1,
@@ -475,7 +478,7 @@ def _check(source: str, key: str, value: Any, default: Any) -> Any:
         raise UserError(f"{source}: {key} must be of type {expected.__name__}, not {value!r}")
     choices = [file.stem for file in sorted(SYSTEMS.glob("*.yml"))] if key == "model.name" else CHOICES.get(key)
     if choices and value not in choices:
-        raise UserError(f"{source}: {key} must be one of {', '.join(choices)}, not {value!r}")
+        raise UserError(f"{source}: {key} must be one of {', '.join(map(str, choices))}, not {value!r}")
     if key in AT_LEAST and not AT_LEAST[key] <= value < float("inf"):
         raise UserError(f"{source}: {key} must be a number of at least {AT_LEAST[key]}, not {value}")
     if key in SHARES and not 0 <= value < 1:

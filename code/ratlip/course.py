@@ -21,7 +21,7 @@ from ratlip.lease import Lost
 from ratlip.monitor import Monitor
 from ratlip.pictures import captioned_grid
 from ratlip.profiling import Trace
-from ratlip.sampling import generate, seeded_noise
+from ratlip.sampling import generate, noise_of
 from ratlip.stopping import Stop, Stopped
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def sample_grid(t: "Training", evaluator: Evaluator) -> Image.Image:
             continue
         training = generator.training
         for number in noises:
-            noise = devices.send(seeded_noise(0, [number] * columns, generator.noise_dim), device)
+            noise = devices.send(noise_of(generator, 0, [number] * columns), device)
             blocks.append(generate(generator.eval(), noise, sentences, t.precision))
             titles.append(f"{name}, noise {number}")
         generator.train(training)

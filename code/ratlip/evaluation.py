@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from easydict import EasyDict
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -31,9 +31,8 @@ from ratlip.metrics.diversity import CAPTIONS, PICTURES
 from ratlip.metrics.features import SPACES, MissingWeights, Space, padded
 from ratlip.metrics.metric import Metric, Scored
 from ratlip.metrics.reference import Reference
-from ratlip.models.clip_gan.generator import Generator
 from ratlip.paths import full
-from ratlip.sampling import generate, seeded_noise
+from ratlip.sampling import generate, noise_of
 
 MISSING = "missing"  # of a file of statistics
 JUDGED_BY = "judged by "  # begins a protocol
@@ -251,14 +250,14 @@ class Evaluator:
         scores = self.scorer([Stream(rendered_repeats(self.scorer, texts), len(texts) * PICTURES, several)])
         return {f"{name}/real": scores[name] for name in several}
 
-    def __call__(self, generator: Generator) -> dict[str, float]:
+    def __call__(self, generator: nn.Module) -> dict[str, float]:
         """Scores of a generator, by name. Its mode, its statistics and all random states are left as they were."""
         training = generator.training
         scores = self.scorer(self._streams(generator.eval()), self.beside)
         generator.train(training)
         return scores
 
-    def samples_of(self, generator: Generator, numbers: Sequence[int]) -> Scored:
+    def samples_of(self, generator: nn.Module, numbers: Sequence[int]) -> Scored:
         """The samples of these numbers, as they are scored."""
         return self._drawn(generator, numbers, [self.row(number) for number in numbers], numbers)
 
@@ -274,19 +273,19 @@ class Evaluator:
         captions.say_cut(self.table, encoder, f"test captions{by}")
         return sentences.to(self.scorer.device)
 
-    def _streams(self, generator: Generator | None) -> list[Stream]:
+    def _streams(self, generator: nn.Module | None) -> list[Stream]:
         single, several = split_names(self.scorer.names)
         return [
             Stream(self._generated(generator), self.samples, single),
             Stream(self._repeated(generator), len(self.repeated) * PICTURES, several),
         ]
 
-    def _generated(self, generator: Generator) -> Iterator[Scored]:
+    def _generated(self, generator: nn.Module) -> Iterator[Scored]:
         """This process's share of the samples."""
         for batch in _shares(self.samples, self.batch_size):
             yield self.samples_of(generator, batch)
 
-    def _repeated(self, generator: Generator) -> Iterator[Scored]:
+    def _repeated(self, generator: nn.Module) -> Iterator[Scored]:
         """This process's share of the pictures of `repeated`; a caption's are together."""
         for batch in _shares(len(self.repeated), max(1, self.batch_size // PICTURES)):
             places = [(number, picture) for number in batch for picture in range(PICTURES)]
@@ -294,11 +293,11 @@ class Evaluator:
             yield self._drawn(generator, numbers, [self.repeated[number] for number, _ in places], places)
 
     def _drawn(
-        self, generator: Generator, numbers: Sequence[int], rows: Sequence[int], keys: Sequence[int | tuple[int, int]]
+        self, generator: nn.Module, numbers: Sequence[int], rows: Sequence[int], keys: Sequence[int | tuple[int, int]]
     ) -> Scored:
         """Pictures of these numbers, of captions `rows` and with the noises of `keys`."""
         place = self.sentences.device
-        noise = devices.send(seeded_noise(NOISE_SEED, keys, generator.noise_dim), place)
+        noise = devices.send(noise_of(generator, NOISE_SEED, keys), place)
         where = devices.send(torch.from_numpy(np.array(rows)), place)
         images = generate(generator, padded(noise), padded(self.sentences[where]), self.precision)[: len(numbers)]
         texts = [self.table.texts[row] for row in rows]

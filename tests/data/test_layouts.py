@@ -125,6 +125,17 @@ def test_pickled_layouts(layout, split, tmp_path):
         assert np.array_equal(np.array(open_image(item)), np.array(pixels(number)))
 
 
+def test_birds_are_cropped_as_published(dfgan_answers):
+    """Each picture's levels tell where in it they come from."""
+    for (width, height, *box), (left, top, right, bottom) in zip(
+        dfgan_answers["crop.in"].tolist(), dfgan_answers["crop.out"].tolist(), strict=True
+    ):
+        y, x = np.mgrid[:height, :width]
+        whole = np.stack([x % 256, y % 256, 16 * (y // 256) + x // 256], 2).astype(np.uint8)
+        item = Item("a", Path("a.png"), ["x"], tuple(map(float, box)))
+        assert np.array_equal(open_image(item, encoded(Image.fromarray(whole))), whole[top:bottom, left:right])
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_birds_are_cropped_around_their_boxes(split, tmp_path):
     items = read_items("bird", build("bird", tmp_path), split)

@@ -19,6 +19,11 @@ def is_released(content: object) -> bool:
     return any(family.is_released(content) for family in FAMILIES)
 
 
+def reads_clip(content: Mapping) -> bool:
+    """Whether the networks of a released checkpoint see through a CLIP."""
+    return next(family for family in FAMILIES if family.is_released(content)) is clip_gan
+
+
 def load_networks(
     checkpoint: str | Path | Mapping, clip_model: nn.Module | None, path: str | Path | None = None
 ) -> tuple[nn.Module | None, nn.Module | None, dict]:

@@ -60,12 +60,12 @@ def load_networks(
             if about_g[name] != about_d[name]:
                 raise UserError(f"netG has {name} {about_g[name]}, netD and netC have {about_d[name]}")
         epoch = checkpoint.get("epoch")
-        return generator, discriminator, {"system": "DF-GAN", "epoch": epoch, **about_d, **about_g}
+        return generator, discriminator, {"system": "DF-GAN", "name": "dfgan", "epoch": epoch, **about_d, **about_g}
     if _has(checkpoint, r"COND_DNET\.|conv_img\.weight"):
         discriminator, info = _ratgan_discriminator(tensors("netD", checkpoint))
-        return None, discriminator, {"system": "RAT-GAN", "epoch": None, **info}
+        return None, discriminator, {"system": "RAT-GAN", "name": "ratgan", "epoch": None, **info}
     generator, info = _ratgan_generator(tensors("netG", checkpoint))
-    return generator, None, {"system": "RAT-GAN", "epoch": None, **info}
+    return generator, None, {"system": "RAT-GAN", "name": "ratgan", "epoch": None, **info}
 
 
 def describe(info: Mapping) -> str:
@@ -82,11 +82,12 @@ def _has(weights: Mapping, pattern: str) -> bool:
 
 
 def _blocks(weights: Mapping[str, Tensor], network: str, name: str, fewest: int) -> int:
-    """How many blocks of that name a network has; a UserError for less than are ever drawn with."""
-    count = len({found[0] for key in weights if (found := re.match(rf"{re.escape(name)}\d+\.", key))})
-    if count < fewest:
-        raise UserError(f"{network} has {count} blocks {name}N; {fewest} at least were expected")
-    return count
+    """How many blocks of that name a network has; a UserError where one of them is missing."""
+    numbers = {int(found[1]) for key in weights if (found := re.match(rf"{re.escape(name)}(\d+)\.", key))}
+    for number in range(max(fewest, len(numbers))):
+        if number not in numbers:
+            raise UserError(f"{network} has no {name}{number}: not a network of this system, or an incomplete one")
+    return len(numbers)
 
 
 def _check(info: Mapping[str, int], network: str) -> None:

@@ -28,6 +28,7 @@ class Generator(nn.Module):
         name: "dfgan" or "ratgan". The next two are RAT-GAN's.
         affines: affine layers of a block, 4 or 6.
         start: first value of the numbers that weigh the residual branches; published: 0.
+        noise_scale: what trained networks draw from is this times normal noise cut at 2; 0: normal noise.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class Generator(nn.Module):
         name: str = "dfgan",
         affines: int = 4,
         start: float = 0.0,
+        noise_scale: float = 0.0,
     ):
         super().__init__()
         ratgan = name == "ratgan"
-        self.noise_dim = noise_dim
+        self.noise_dim, self.noise_scale = noise_dim, noise_scale
         self.sizes = [GRID * 2**i for i in range(not ratgan, doublings(imsize) + 1)]
         self.affines = affines  # of a block
         channels = widths(nf, len(self.sizes))[::-1]
