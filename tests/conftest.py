@@ -26,6 +26,12 @@ def fixtures() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="session")
+def dfgan_answers() -> dict[str, np.ndarray]:
+    """What the released DF-GAN and RAT-GAN answer."""
+    return dict(np.load(ROOT / "tests" / "data" / "dfgan" / "fixtures.npz"))
+
+
+@pytest.fixture(scope="session")
 def vitb32() -> FrozenClip:
     """ViT-B/32 with the fixtures' weights, read with the released preprocessing."""
     weights = released_weights("clip.vitb32")

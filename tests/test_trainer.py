@@ -243,7 +243,9 @@ def test_low_precision_gradients_point_the_same_way(make, precision, name, least
     for each in ("fp32", precision):
         # Adam's first step follows the sign of every gradient, however small: the generator is to face the same D.
         still = ("train.lr_d=0", "train.lr_g=0", "train.batch_size=12", f"train.device={device}")
-        training, _, loader = make(f"train.precision={each}", f"model.name={name}", "model.d_start=1.0", *still)
+        training, _, loader = make(
+            f"train.precision={each}", f"model.name={name}", "model.d_start=1.0", "model.d_whiten=true", *still
+        )
         batch = Batch(*(tensor.to(device) for tensor in next(iter(loader))))
         found = watch_gradients(training)
         values = train_step(training, batch)

@@ -34,6 +34,6 @@ def text_encoder_of(config: EasyDict, clip: FrozenClip) -> TextEncoder:
     return encoder.to(clip.mean.device)
 
 
-def generator_of(config: EasyDict, clip: FrozenClip) -> nn.Module:
+def generator_of(config: EasyDict, clip: FrozenClip, text: TextEncoder) -> nn.Module:
     """The generator that `config.model` describes, freshly initialised."""
-    return SYSTEMS[config.model.name].make_generator(config, clip)
+    return SYSTEMS[config.model.name].make_generator(config, clip, text)

@@ -28,6 +28,7 @@ OF_A_START = ("train.resume", "train.max_hours", "clip.insist")
 
 CHOICES = {
     "data.layout": ("demo", "bird", "flower", "face", "coco", "folder", "webdataset", "parquet"),
+    "data.fit": ("crop", "pad"),
     "model.rat.state": ("shared", "independent"),
     "model.rat.scope": ("mapper", "all"),
     "clip.source": ("openai", "open_clip"),
@@ -35,6 +36,9 @@ CHOICES = {
     "clip.preprocess": ("standard", "released"),
     "text.encoder": ("clip", "damsm"),
     "damsm.image_encoder": ("inception", "clip"),
+    "ratgan.affines": (4, 6),
+    "eval.clip_source": ("openai", "open_clip"),
+    "eval.clip_activation": ("quick_gelu", "gelu"),
     "train.device": ("auto", "cpu", "cuda"),
     "train.precision": ("auto", "fp32", "bf16", "fp16"),
 }
@@ -45,6 +49,8 @@ AT_LEAST = {
     "model.z_dim": 1,
     "model.d_channels": 4,
     "model.d_start": 0.0,
+    "model.noise_scale": 0.0,
+    "ratgan.g_start": 0.0,
     "text.words": 1,
     "damsm.batch_size": 2,
     "damsm.max_epoch": 1,
@@ -130,6 +136,8 @@ OPTIONAL = {  # null, or of this type
     "text.weights": str,
     "text.vocabulary": str,
     "damsm.batch_size": int,
+    "eval.clip_weights": str,
+    "eval.clip_activation": str,
     "eval.inception_weights": str,
     "eval.inception_released_weights": str,
     "eval.released_npz": str,
@@ -141,6 +149,7 @@ PATHS = (
     "clip.weights",  # or a name to download
     "text.weights",
     "text.vocabulary",
+    "eval.clip_weights",  # as well
     "train.resume",  # or auto, or an epoch
     "eval.inception_weights",
     "eval.inception_released_weights",
@@ -179,7 +188,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
         UserError: names the file or word, the key, and the nearest valid key.
     """
     path, folder = _find(path)
-    content = _read_yaml(path)
+    content = {} if path.resolve() == DEFAULT else _read_yaml(path)
     content = _translate(path, content) if "dataset_name" in content else flatten(content)
     if folder:
         content.pop("train.resume", None)  # as programs before this one left it
@@ -376,12 +385,12 @@ def _change_path(key: str, value: Any, base: Path, change: Callable[[str], str])
         return value
     if key == "train.resume" and (value == "auto" or value.isdigit()):
         return value
-    before = _before_clip_file(value, base) if key == "clip.weights" else ""
+    before = _before_clip_file(value, base) if key in ("clip.weights", "eval.clip_weights") else ""
     return value if before is None else before + change(value.removeprefix(before))
 
 
 def _before_clip_file(value: str, base: Path) -> str | None:
-    """What stands before the file in `clip.weights`: "", or open_clip's "architecture:"; None for no file."""
+    """What stands before the file in the name of a CLIP: "", or open_clip's "architecture:"; None for no file."""
 
     def is_file(text: str) -> bool:
         return text.startswith(("~", "$", "/", "./", "../")) or text != "" and (base / text).exists()
@@ -475,7 +484,7 @@ def _check(source: str, key: str, value: Any, default: Any) -> Any:
         raise UserError(f"{source}: {key} must be of type {expected.__name__}, not {value!r}")
     choices = [file.stem for file in sorted(SYSTEMS.glob("*.yml"))] if key == "model.name" else CHOICES.get(key)
     if choices and value not in choices:
-        raise UserError(f"{source}: {key} must be one of {', '.join(choices)}, not {value!r}")
+        raise UserError(f"{source}: {key} must be one of {', '.join(map(str, choices))}, not {value!r}")
     if key in AT_LEAST and not AT_LEAST[key] <= value < float("inf"):
         raise UserError(f"{source}: {key} must be a number of at least {AT_LEAST[key]}, not {value}")
     if key in SHARES and not 0 <= value < 1:

@@ -21,7 +21,7 @@ from ratlip.lease import Lost
 from ratlip.monitor import Monitor
 from ratlip.pictures import captioned_grid
 from ratlip.profiling import Trace
-from ratlip.sampling import generate, seeded_noise
+from ratlip.sampling import generate, noise_of
 from ratlip.stopping import Stop, Stopped, end_workers
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def sample_grid(t: "Training", evaluator: Evaluator) -> Image.Image:
     columns, noises = min(GRID[0], len(evaluator.items)), range(GRID[1])
     numbers = np.random.default_rng(0).choice(len(evaluator.items), columns, replace=False).tolist()
     rows = evaluator.table.starts[numbers]  # each image's first caption
-    test_images = TestImages(evaluator.items, t.generator.sizes[-1])
+    test_images = TestImages(evaluator.items, t.generator.sizes[-1], evaluator.scorer.config.data.fit)
     real, blocks = to_floats(torch.stack([test_images[number][0] for number in numbers])), []
     titles, device = ["real"], t.sentences.device
     sentences = evaluator.sentences[devices.send(torch.from_numpy(rows), device)]
@@ -257,7 +257,7 @@ def sample_grid(t: "Training", evaluator: Evaluator) -> Image.Image:
             continue
         training = generator.training
         for number in noises:
-            noise = devices.send(seeded_noise(0, [number] * columns, generator.noise_dim), device)
+            noise = devices.send(noise_of(generator, 0, [number] * columns), device)
             blocks.append(generate(generator.eval(), noise, sentences, t.precision))
             titles.append(f"{name}, noise {number}")
         generator.train(training)

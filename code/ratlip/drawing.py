@@ -12,16 +12,15 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ratlip.encoders import TextEncoder
 from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.errors import UserError
 from ratlip.metrics.features import LEAST, padded
-from ratlip.models.clip_gan.generator import Generator
 from ratlip.pictures import captioned_grid, save_picture, to_pictures
-from ratlip.sampling import generate, seeded_noise
+from ratlip.sampling import generate, noise_of
 from ratlip.stopping import Stop, Stopped
 from ratlip.text import read_text
 
@@ -106,7 +105,7 @@ def check_captions(order: Order, encoder: TextEncoder) -> None:
 
 
 def record_of(
-    order: Order, generator: Generator, clip: FrozenClip, encoder: TextEncoder, precision: str
+    order: Order, generator: nn.Module, clip: FrozenClip, encoder: TextEncoder, precision: str
 ) -> dict[str, object]:
     """What makes an order the same as another: then its pictures are. The networks are on the CPU."""
     weights, captions = hashlib.sha256(), hashlib.sha256()
@@ -144,7 +143,7 @@ def claim(asked: Path, record: dict[str, object]) -> Path:
 
 
 def draw_into(
-    folder: Path, order: Order, generator: Generator, encoder: TextEncoder, precision: str, batch_size: int
+    folder: Path, order: Order, generator: nn.Module, encoder: TextEncoder, precision: str, batch_size: int
 ) -> str | None:
     """Draw the pictures of an order that `folder` does not have yet, at most `batch_size` at a time.
 
@@ -212,7 +211,7 @@ def _missing(folder: Path, order: Order) -> list[tuple[str, Caption, int]]:
 def _draw(
     batch: Sequence[tuple[str, Caption, int]],
     order: Order,
-    generator: Generator,
+    generator: nn.Module,
     encoder: TextEncoder,
     precision: str,
     least: int,
@@ -224,7 +223,7 @@ def _draw(
         sentences = encoder.encode(padded(encoder.tokenize(distinct, whole=True), least))  # (least, E)
     sentences = sentences[[distinct.index(text) for text in texts]]  # (B, E)
     numbers = [(caption.number, number) if order.file else (number,) for _, caption, number in batch]
-    noise = seeded_noise(order.seed, numbers, generator.noise_dim).to(sentences.device)
+    noise = noise_of(generator, order.seed, numbers).to(sentences.device)
     return generate(generator, padded(noise, least), padded(sentences, least), precision)[: len(batch)]
 
 

@@ -9,6 +9,7 @@ from easydict import EasyDict
 
 from ratlip import checkpoint, distributed, runs
 from ratlip import config as configuration
+from ratlip.encoders import TextEncoder, damsm
 from ratlip.encoders.clip_towers import FrozenClip, require_same, trained_with
 from ratlip.errors import UserError
 from ratlip.lease import Lease
@@ -17,7 +18,10 @@ from ratlip.runs import Run
 from ratlip.stopping import restarted
 
 # Settings that decide the networks' shapes or meaning: a checkpoint has been made with them and cannot change.
-FIXED = re.compile(r"model\.(?!shipped$|d_start$)|clip\.(?!(weights|source|activation|insist)$)")
+FIXED = re.compile(
+    r"model\.(?!shipped$|d_start$|noise_scale$)|ratgan\.(?!g_start$)|clip\.(?!(weights|source|activation|insist)$)|"
+    r"text\.encoder$"
+)
 
 
 @dataclass
@@ -102,11 +106,11 @@ def read(start: Start) -> dict | None:
     return content
 
 
-def check(config: EasyDict, content: dict, clip: FrozenClip, epoch_steps: int | None) -> None:
+def check(config: EasyDict, content: dict, clip: FrozenClip, encoder: TextEncoder, epoch_steps: int | None) -> None:
     """Compare the configuration with the checkpoint's; say what differs.
 
     Args:
-        clip: the one that will be used. epoch_steps: of this run, None where it is a new one.
+        clip, encoder: those that will be used. epoch_steps: of this run, None where it is a new one.
 
     Raises:
         UserError: the networks, CLIP, or the number of steps in an epoch would be others.
@@ -122,6 +126,8 @@ def check(config: EasyDict, content: dict, clip: FrozenClip, epoch_steps: int | 
             )
     if said := require_same(clip, trained_with(content), "the checkpoint", config.clip.insist):
         distributed.say(f"warning: the checkpoint: {said}")
+    if content.get("text") and encoder is not clip:
+        damsm.require_same(encoder, content["text"], "the checkpoint")
     if epoch_steps and content["epoch_steps"] != epoch_steps:
         raise UserError(
             f"an epoch has {epoch_steps} steps now, the checkpoint's had {content['epoch_steps']}: "

@@ -23,6 +23,7 @@ from ratlip.course import Course
 from ratlip.data import captions
 from ratlip.data.inventory import cache_folder, usable_items
 from ratlip.data.loader import Batch, Draw, EpochBatches, TrainingImages, shard_numbers, to_floats, training_loader
+from ratlip.encoders import TextEncoder
 from ratlip.evaluation import Evaluator, Scorer
 from ratlip.guard import Guard
 from ratlip.monitor import Monitor
@@ -46,6 +47,7 @@ class Training:
     sentences: Tensor  # (R, E) embeddings of all training captions, on the device
     precision: str
     total_steps: int
+    encoder: TextEncoder | None = None  # of those; None: the system's CLIP
     optimizers: dict[str, Adam] = field(init=False)  # of each network
     scaler: GradScaler = field(init=False)  # of the losses, in fp16 only
     scaled: dict[str, SimpleNamespace] = field(init=False)  # of each phase, what the scaler takes for an optimiser
@@ -226,21 +228,22 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
         sentences,
         shard_numbers(items),
     )
-    images = TrainingImages(items, config.model.imsize, config.data.enlarge, config.data.flip, config.train.seed)
+    reading = (config.data.enlarge, config.data.flip, config.train.seed, config.data.fit)
+    images = TrainingImages(items, config.model.imsize, *reading)
     loader = training_loader(images, batches, config.data.num_workers, pin=place.type == "cuda")
     evaluator = Evaluator(Scorer(config, clip, test_items), test_items, precision, encoder)
     clip.drop_text_tower()
 
     kind = SYSTEMS[config.model.name]
-    system = kind.build(config, clip).to(place)
+    system = kind.build(config, clip, encoder).to(place)
     system.fit(some_images(images, place))
     ema = None
     if config.train.ema:
-        ema = kind.make_generator(config, clip).to(place).eval().requires_grad_(False)
+        ema = kind.make_generator(config, clip, encoder).to(place).eval().requires_grad_(False)
         ema.load_state_dict(system.generator.state_dict())
     devices.keep_freed_memory()  # from here on; what loading took has been given back
     total_steps = len(batches) * config.train.max_epoch
-    training = Training(config.train, system, ema, sentences.to(place), precision, total_steps)
+    training = Training(config.train, system, ema, sentences.to(place), precision, total_steps, encoder)
     return training, batches, loader, evaluator
 
 
@@ -272,7 +275,7 @@ def _train(config: EasyDict, start: resume.Start, words: list[str], started: flo
     content = resume.read(start)
     scores: dict[str, dict[str, float]] = {}
     if content:
-        resume.check(config, content, t.system.clip, len(batches) if start.place else None)
+        resume.check(config, content, t.system.clip, t.encoder, len(batches) if start.place else None)
         scores = restore(t, content, start.place)
     start.enter(config, words)
     t.run, save_folder = start.run, start.run.folder
@@ -322,6 +325,7 @@ def save(t: Training, config: EasyDict, scores: dict, epoch_steps: int, path: Pa
         "saved": time.time(),
         "config": configuration.kept_settings(config),
         "clip": t.system.clip.identity,
+        "text": t.encoder.identity if t.encoder not in (None, t.system.clip) else None,
         "epoch": t.epoch,
         "step": t.step,
         "epoch_steps": epoch_steps,

@@ -125,13 +125,24 @@ def test_pickled_layouts(layout, split, tmp_path):
         assert np.array_equal(np.array(open_image(item)), np.array(pixels(number)))
 
 
+def test_birds_are_cropped_as_published(dfgan_answers):
+    """Each picture's levels tell where in it they come from."""
+    for (width, height, *box), (left, top, right, bottom) in zip(
+        dfgan_answers["crop.in"].tolist(), dfgan_answers["crop.out"].tolist(), strict=True
+    ):
+        y, x = np.mgrid[:height, :width]
+        whole = np.stack([x % 256, y % 256, 16 * (y // 256) + x // 256], 2).astype(np.uint8)
+        item = Item("a", Path("a.png"), ["x"], tuple(map(float, box)))
+        assert np.array_equal(open_image(item, encoded(Image.fromarray(whole))), whole[top:bottom, left:right])
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_birds_are_cropped_around_their_boxes(split, tmp_path):
     items = read_items("bird", build("bird", tmp_path), split)
     expected = [number for number in range(6) if split_of(number) == split]
     assert [item.key for item in items] == [KEYS["bird"][number] for number in expected]
     for item, number in zip(items, expected, strict=True):
-        x, y, w, h = BOXES[item.key]
+        x, y, w, h = map(int, BOXES[item.key])
         r, cx, cy = int(0.75 * max(w, h)), int(x + w / 2), int(y + h / 2)
         whole = np.array(pixels(number))
         part = whole[max(0, cy - r) : min(30, cy + r), max(0, cx - r) : min(40, cx + r)]

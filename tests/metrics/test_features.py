@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from easydict import EasyDict
-from helpers import SALT, relative_error, released_weights
+from helpers import SALT, fixture_input, relative_error, released_weights
 from safetensors.torch import save_file
 from torchvision.models import inception_v3
 
@@ -45,12 +45,16 @@ def test_released_inception_input(fid_images, fixtures):
     assert relative_error(found, fixtures["inception.input.slice"]) < 1e-5
 
 
-def test_released_inception_features(fid_images, fixtures, small_clip, released_file):
+def test_released_inception_features(fid_images, fixtures, dfgan_answers, small_clip, released_file):
+    """GALIP's and RATLIP's, and DF-GAN's, which is fed in the same way."""
     before = torch.random.get_rng_state()
     settings = EasyDict({"eval": {"inception_released_weights": str(released_file)}})
     space = ReleasedInceptionSpace(settings, small_clip)
     found = space(fid_images)
     assert relative_error(found, fixtures["inception.features"]) < 1e-5
+    images = fixture_input("image", 2, 3, 256, 256).tanh()
+    assert relative_error(released_inception_input(images)[:, :, ::23, ::23], dfgan_answers["fid.input"]) < 1e-5
+    assert relative_error(space(images), dfgan_answers["fid.features"]) < 1e-5
     assert torch.equal(torch.random.get_rng_state(), before)
     assert space.checksum == hashlib.sha256(released_file.read_bytes()).hexdigest()[:8]
     assert "other weights than the published 0cc3c7bd" in space.protocol

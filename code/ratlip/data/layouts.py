@@ -263,14 +263,15 @@ def read_classes(layout_name: str, root: Path, split: str) -> dict[str, int]:
 
 
 def _read_boxes(folder: Path) -> dict[str, tuple[float, float, float, float]]:
-    """CUB's bounding boxes by key, from its images.txt (id path) and bounding_boxes.txt (id x y width height)."""
+    """CUB's bounding boxes by key, from its images.txt (id path) and bounding_boxes.txt (id x y width height), the
+    numbers cut to whole ones as AttnGAN's program and those after it read them."""
     path = folder / "bounding_boxes.txt"
     keys = {number: re.sub(r"\.\w+$", "", name) for number, name in _numbered_lines(folder / "images.txt").items()}
     boxes = {}
     for number, numbers in _numbered_lines(path).items():
         try:
-            x, y, width, height = map(float, numbers.split())
-        except ValueError:
+            x, y, width, height = (float(int(float(number))) for number in numbers.split())
+        except (ValueError, OverflowError):
             raise UserError(f"{path}: image {number}: expected x y width height, not {numbers!r}") from None
         boxes[keys.get(number)] = (x, y, width, height)
     return boxes

@@ -41,6 +41,7 @@ class FrozenClip(nn.Module):
             mapped twice, as the published GALIP and RATLIP numbers were made).
         mean, std: of the three colours in [0, 1], by which its images are normalised.
         resize: "bicubic" or "bilinear", with the standard input.
+        name: where it is from, for people.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class FrozenClip(nn.Module):
         mean: Sequence[float] = MEAN,
         std: Sequence[float] = STD,
         resize: str = "bicubic",
+        name: str = "CLIP",
     ):
         super().__init__()
+        self.name = name
         self.clip = model.float().eval().requires_grad_(False)
         visual = model.visual
         if not hasattr(visual, "class_embedding"):
@@ -313,7 +316,7 @@ def load_clip(weights: str, source: str = "openai", activation: str | None = Non
     vocabulary = len(found.model.token_embedding.weight)
     if vocabulary != END_OF_TEXT + 1:
         raise UserError(f"clip.weights: {weights} has another tokenizer than OpenAI's: {vocabulary} words")
-    own = FrozenClip(found.model, mean=found.mean, std=found.std, resize=found.resize, **towers)
+    own = FrozenClip(found.model, mean=found.mean, std=found.std, resize=found.resize, name=weights, **towers)
     try:
         differs = _difference(own)
     except (AttributeError, RuntimeError, TypeError, ValueError, IndexError) as error:

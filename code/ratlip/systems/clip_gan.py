@@ -10,6 +10,7 @@ from torch import Tensor
 from ratlip import device as devices
 from ratlip import losses
 from ratlip.augment import augment
+from ratlip.encoders import TextEncoder
 from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.models.clip_gan.discriminator import Discriminator
 from ratlip.models.clip_gan.generator import Generator
@@ -27,7 +28,7 @@ class ClipGan(System):
         self.draw, self.see, self.feature_maps = generator, clip.image, clip.feature_maps
 
     @staticmethod
-    def make_generator(config: EasyDict, clip: FrozenClip) -> Generator:
+    def make_generator(config: EasyDict, clip: FrozenClip, text: TextEncoder) -> Generator:
         model = config.model
         return Generator(
             clip,
@@ -46,8 +47,8 @@ class ClipGan(System):
         return Discriminator(clip, config.model.d_channels, config.model.d_start, config.model.d_whiten)
 
     @classmethod
-    def build(cls, config: EasyDict, clip: FrozenClip) -> "ClipGan":
-        return cls(config.train, clip, cls.make_generator(config, clip), cls.make_discriminator(config, clip))
+    def build(cls, config: EasyDict, clip: FrozenClip, text: TextEncoder) -> "ClipGan":
+        return cls(config.train, clip, cls.make_generator(config, clip, text), cls.make_discriminator(config, clip))
 
     @torch.no_grad()
     def fit(self, images: Iterable[Tensor]) -> None:

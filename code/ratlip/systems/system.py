@@ -9,6 +9,7 @@ import torch
 from easydict import EasyDict
 from torch import Tensor, nn
 
+from ratlip.encoders import TextEncoder
 from ratlip.encoders.clip_towers import FrozenClip
 
 Terms = dict[str, tuple[Tensor, float]]  # of a loss, by name: each as it is logged, and the weight it is learnt with
@@ -64,12 +65,12 @@ class System:
     moving: tuple[str, ...] = field(default=("generator",), init=False)
 
     @staticmethod
-    def make_generator(config: EasyDict, clip: FrozenClip) -> nn.Module:
-        """The generator that `config` describes, freshly initialised."""
+    def make_generator(config: EasyDict, clip: FrozenClip, text: TextEncoder) -> nn.Module:
+        """The generator that `config` describes, freshly initialised. `text` reads its captions: `clip` or another."""
         raise NotImplementedError
 
     @classmethod
-    def build(cls, config: EasyDict, clip: FrozenClip) -> "System":
+    def build(cls, config: EasyDict, clip: FrozenClip, text: TextEncoder) -> "System":
         """The system that `config` describes, its networks freshly initialised, on the CPU."""
         raise NotImplementedError
 
