@@ -145,13 +145,13 @@ class Matching:
     protocols: dict[str, str] = {}
 
     def __init__(
-        self, items: Sequence[Item], classes: dict[str, int], text: DamsmText, batch_size: int, num_workers: int
+        self, items: Sequence[Item], classes: dict[str, int], text: DamsmText, batch_size: int, data: EasyDict
     ):
         count = min(len(items), TEST_BATCHES * batch_size)
         count = count // batch_size * batch_size or count
         rng = np.random.default_rng(0)
         self.items = [items[number] for number in rng.permutation(len(items))[:count]]
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.data = batch_size, data
         table = CaptionTable([item.captions for item in self.items])
         self.texts = [table.texts[row] for row in table.draw(np.arange(count), rng)]
         self.tokens = text.tokenize(self.texts)  # (N, T)
@@ -198,8 +198,8 @@ class Matching:
         try:
             for network in modes:
                 network.eval()
-            pictures = TestImages(self.items[:count], t.image.side)
-            yield from picture_batches(pictures, self.batch_size, self.num_workers, t.device)
+            pictures = TestImages(self.items[:count], t.image.side, self.data.fit)
+            yield from picture_batches(pictures, self.batch_size, self.data.num_workers, t.device)
         finally:
             for network, training in modes.items():
                 network.train(training)
@@ -268,7 +268,8 @@ def prepare(config: EasyDict) -> tuple[Pretraining, EasyDict, EpochBatches, Data
     of_rows = torch.from_numpy(np.repeat(of_images, np.diff(table.starts)))
 
     batches = EpochBatches(table, loop.train.batch_size, config.train.seed, shards=shard_numbers(items))
-    pictures = TrainingImages(items, image.side, config.data.enlarge, config.data.flip, config.train.seed)
+    reading = (config.data.enlarge, config.data.flip, config.train.seed, config.data.fit)
+    pictures = TrainingImages(items, image.side, *reading)
     loader = training_loader(pictures, batches, config.data.num_workers, pin=place.type == "cuda")
     t = Pretraining(
         config.damsm,
@@ -280,7 +281,7 @@ def prepare(config: EasyDict) -> tuple[Pretraining, EasyDict, EpochBatches, Data
         devices.choose_precision(config.train.precision, place),
         len(batches),
     )
-    matching = Matching(test_items, classes[1], text, loop.train.batch_size, config.data.num_workers)
+    matching = Matching(test_items, classes[1], text, loop.train.batch_size, config.data)
     return t, loop, batches, loader, matching
 
 

@@ -229,8 +229,8 @@ def test_damsm_conditions_and_clip_judges(demo_folder, data_words, tmp_path):
     vocabulary = Vocabulary.of(caption for item in items for caption in item.captions)
     torch.manual_seed(0)
     torch.save({"vocabulary": vocabulary.words, "text": DamsmText(vocabulary).state_dict()}, tmp_path / "p.pth")
-    words = ("text.encoder=damsm", f"text.weights={tmp_path}/p.pth", "text.words=5", "train.seed=4")
-    made = config.load(*_split(data_words(demo_folder, "eval.metrics=[clip_score]", *TINY_RUN, *words)))
+    made.text.update(encoder="damsm", weights=str(tmp_path / "p.pth"), words=5)
+    made.train.seed = 4
     encoder = build.text_encoder_of(made, clip)
     assert (encoder.words, encoder.seed) == (5, 4)
     generator = Echo()
