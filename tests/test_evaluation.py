@@ -68,11 +68,12 @@ def scores(result: subprocess.CompletedProcess, logs) -> dict:
 
 def test_folders_score_as_torch_fidelity_says(folders, inception_file, tmp_path, words):
     mine, theirs = folders
-    metrics = "eval.metrics=[fid,kid,precision,recall,clip_score,caption_accuracy]"
+    metrics = "eval.metrics=[fid,kid,precision,recall,is,clip_score,r_precision,caption_accuracy]"
     result = run("test.py", *words, metrics, f"eval.inception_weights={inception_file}",
                  "--images", mine, "--against", theirs, environment=OFFLINE)  # fmt: skip
     found = scores(result, tmp_path / "logs")
-    command = ["--input1", mine, "--input2", theirs, "--cpu", "--fid", "--kid", "--prc", "--kid-subset-size", THEIRS,
+    command = ["--input1", mine, "--input2", theirs, "--cpu", "--fid", "--kid", "--prc", "--isc", "--kid-subset-size",
+               THEIRS,
                "--feature-extractor", "inception-v3-compat", "--feature-extractor-weights-path", inception_file,
                "--no-cache", "--silent", "--json"]  # fmt: skip
     theirs_says = subprocess.run(
@@ -83,6 +84,8 @@ def test_folders_score_as_torch_fidelity_says(folders, inception_file, tmp_path,
     expected = json.loads(theirs_says.stdout[theirs_says.stdout.index("{") :])
     assert found["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
     assert found["kid"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
+    assert found["is"] == pytest.approx(expected["inception_score_mean"], rel=1e-4)
+    assert found["is/std"] == pytest.approx(expected["inception_score_std"], rel=1e-3)
     assert (found["precision"], found["recall"]) == (expected["precision"], expected["recall"])
     assert 0 < found["recall"] and 0 < found["precision"]
 

@@ -524,7 +524,7 @@ def test_pixels_and_captions_of_every_layout(layout, tmp_path, words, call):
         assert item.captions == [f"caption {number}", f"another of {number}"]
         original = Image.open(root / image.format(number, subset="train")).convert("RGB")
         if layout == "bird":
-            x, y, w, h = boxes[number]
+            x, y, w, h = map(int, boxes[number])
             r, cx, cy = int(0.75 * max(w, h)), int(x + w / 2), int(y + h / 2)
             original = original.crop((max(0, cx - r), max(0, cy - r), min(40, cx + r), min(30, cy + r)))
         scale = 20 / min(original.size)

@@ -136,7 +136,8 @@ class Scorer:
             with stages("features"):
                 for space in spaces:
                     if space.name not in scored.features:
-                        scored.features[space.name] = space(scored.images)
+                        found = space(scored.images)
+                        scored.features.update({space.name: found, **space.also(found)})
             with stages("statistics"):
                 for metric in metrics:
                     metric.update(scored)
@@ -300,7 +301,8 @@ class Evaluator:
         where = devices.send(torch.from_numpy(np.array(rows)), place)
         images = generate(generator, padded(noise), padded(self.sentences[where]), self.precision)[: len(numbers)]
         texts = [self.table.texts[row] for row in rows]
-        return Scored(torch.from_numpy(np.array(numbers)), images, texts, self.judged[where])
+        items = torch.from_numpy(np.searchsorted(self.table.starts, rows, side="right"))  # from 1: only to tell apart
+        return Scored(torch.from_numpy(np.array(numbers)), images, texts, self.judged[where], items=items)
 
 
 def judge_of(config: EasyDict, clip: FrozenClip) -> FrozenClip:

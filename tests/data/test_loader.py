@@ -1,19 +1,33 @@
 """Batches: each image once an epoch, the same for any number of processes and workers; crops and mirrors."""
 
 import math
+import pickle
 import resource
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import SALT, family_fixtures, relative_error
 from PIL import Image
 
 from ratlip.data import loader
 from ratlip.data.captions import CaptionTable
-from ratlip.data.layouts import Item
-from ratlip.data.loader import Draw, EpochBatches, TrainingImages, batch_size_for, training_loader
+from ratlip.data.layouts import Item, open_image, read_items
+from ratlip.data.loader import (
+    Draw,
+    EpochBatches,
+    TrainingImages,
+    batch_size_for,
+    crop,
+    reduced,
+    resize_shorter,
+    to_bytes,
+    to_floats,
+    training_loader,
+)
 from ratlip.errors import UserError, line
 
 
@@ -331,3 +345,35 @@ def test_an_image_is_tried_again(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="0.png: cannot be decoded"):
         images[Draw(0, 0, 4, 7)]
     assert slept[3:] == list(loader.PAUSES)
+
+
+@pytest.mark.parametrize(("side", "size"), [(256, 128), (256, 64), (64, 16), (299, 64), (50, 47), (17, 1), (64, 64)])
+def test_reduced_as_pillow_does(side, size):
+    levels = np.random.default_rng(side).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+    levels[1] = (levels[1] > 127) * np.uint8(255)  # where rounding shows most
+    found = reduced(torch.from_numpy(levels).permute(0, 3, 1, 2), size)
+    for image, own in zip(levels, found, strict=True):
+        expected = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)
+        assert np.array_equal(levels_of(own), expected)
+
+
+def test_a_bird_in_three_sizes_as_attngan_reads_it(tmp_path):
+    """From the box file to [-1, 1], the crop's place given."""
+    random = np.random.RandomState(zlib.crc32(f"{SALT}:input.photo".encode()))
+    key, cub = "001.Kind/Bird", tmp_path / "CUB_200_2011"
+    for folder in (cub / "images/001.Kind", tmp_path / "text/001.Kind", tmp_path / "train"):
+        folder.mkdir(parents=True)
+    photo = Image.fromarray(random.randint(0, 256, (375, 500, 3)).astype(np.uint8))
+    photo.save(cub / f"images/{key}.jpg", "PNG")  # whose pixels stay; its name is the layout's
+    (tmp_path / f"text/{key}.txt").write_text("a bird")
+    (cub / "images.txt").write_text(f"1 {key}.jpg")
+    (cub / "bounding_boxes.txt").write_text("1 60.7 27.9 325.2 304.9")
+    (tmp_path / "train/filenames.pickle").write_bytes(pickle.dumps([key]))
+    ((item,), _) = read_items("bird", tmp_path, "train")
+    picture = resize_shorter(open_image(item), int(256 * 76 / 64))
+    shares = (40.5 / (picture.width - 255), 20.5 / (picture.height - 255))  # in the midst of those that mean 40, 20
+    picture = to_bytes(crop(picture, 256, *shares))[None]
+    fixtures = family_fixtures("attngan")
+    for size, step in ((64, 5), (128, 9), (256, 17)):
+        found = to_floats(reduced(picture, size))[0, :, ::step, ::step]
+        assert relative_error(found, fixtures[f"data.{size}.slice"]) < 1e-5

@@ -55,6 +55,10 @@ class Space(ABC):
     def features(self, images: Tensor) -> Tensor:
         """What __call__ answers, of LEAST pictures or more."""
 
+    def also(self, features: Tensor) -> dict[str, Tensor]:
+        """Further features that metrics read, by name, of what __call__ answered."""
+        return {}
+
 
 class ClipSpace(Space):
     """CLIP's image embedding, not normalised."""
@@ -101,6 +105,11 @@ class InceptionSpace(Space):
     def features(self, images: Tensor) -> Tensor:
         levels = images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)  # as if read from a PNG
         return self.extractor(levels)[0]
+
+    def also(self, features: Tensor) -> dict[str, Tensor]:
+        """The 1,008 logits, without their bias as the Inception score has them since its first program."""
+        with torch.no_grad(), full_float32():
+            return {"inception_logits": features @ self.extractor.fc.weight.T}
 
 
 class ReleasedInceptionSpace(Space):

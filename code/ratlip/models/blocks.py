@@ -51,13 +51,16 @@ class BatchNorm(nn.BatchNorm2d):
     torch.nn.SyncBatchNorm does this on GPUs only; this does it for any backend, with the gradient through the sums.
     """
 
-    def forward(self, means: Tensor, variances: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, means: Tensor, variances: Tensor, positions: int, samples: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Scale and shift (C,), by the batch; moves the running statistics.
 
         Args:
-            means, variances: (B, C), of the `positions` of each sample's map; of the same B on every process.
+            means, variances: (B, C), of the `positions` of each sample's map.
+            samples: over all processes; None: B is the same on every process.
         """
-        count = len(means) * distributed.world_size()
+        count = samples or len(means) * distributed.world_size()
         mean = sum_over_processes(means.sum(0)) / count
         variance = sum_over_processes((variances + (means - mean).square()).sum(0)) / count
         with torch.no_grad():
