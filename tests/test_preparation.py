@@ -18,9 +18,11 @@ from helpers import ROOT, TINY_RUN, assert_refused
 from PIL import Image
 
 from ratlip import checkpoint, config
+from ratlip.build import clip_of
 from ratlip.data import layouts
 from ratlip.data.inventory import usable_items
 from ratlip.data.loader import Draw, TrainingImages
+from ratlip.evaluation import Evaluator, Scorer
 
 SPLITS = ("train", "test")
 
@@ -221,6 +223,21 @@ def test_padded_pictures_have_copies_and_statistics_of_their_own(tmp_path, words
     shutil.rmtree(root / "cache/resized_19_pad")
     images = TrainingImages(usable_items(settings, "train"), 16, settings.data.enlarge, True, 0, settings.data.fit)
     assert all(torch.equal(image, images[Draw(5, number, 0, 0)][0]) for number, image in enumerate(with_copies))
+
+
+def test_statistics_and_captions_by_a_judge(tmp_path, words, judge_file, call):
+    root = build(tmp_path / "data")
+    judge = (f"eval.clip_weights={judge_file}", "eval.clip_activation=gelu", "eval.metrics=[fd_clip,clip_score]")
+    prepared = call("prepare.py", *words(root), *judge)
+    assert prepared.returncode == 0 and f"by {judge_file}" in prepared.stdout
+    assert len(list((root / "cache").glob("captions_*.pt"))) == 3  # of both splits; of the test split by the judge
+    before = kept(root)
+    settings = loaded([*words(root), *judge])
+    items = usable_items(settings, "test")
+    Evaluator(Scorer(settings, clip_of(settings), items), items)
+    assert kept(root) == before
+    own = call("prepare.py", *words(root), "eval.metrics=[fd_clip,clip_score]")
+    assert own.returncode == 0 and len(list((root / "stats").iterdir())) == 2
 
 
 def score(result: subprocess.CompletedProcess) -> float:
