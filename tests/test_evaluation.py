@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from data.test_colours import rgb_profile
-from helpers import ROOT, TINY_RUN, assert_refused, released_weights, run, small_clip_model
+from helpers import ROOT, TINY_RUN, assert_refused, released_weights, run
 from PIL import Image
 
 from ratlip import config, sampling
@@ -271,14 +271,6 @@ def test_a_checkpoints_name_may_hold_an_equals_sign(words, tmp_path, call):
 def test_a_folder_against_itself(words, folders, tmp_path):
     result = run("test.py", *words, "--images", folders[0], "--against", folders[0], "eval.metrics=[fd_clip]")
     assert abs(scores(result, tmp_path / "logs")["fd_clip"]) < 1e-3
-
-
-@pytest.fixture(scope="module")
-def judge_file(tmp_path_factory):
-    """A CLIP of another shape than those that generators read; a bare state dict, which states no activation."""
-    path = tmp_path_factory.mktemp("judge") / "judge.pt"
-    torch.save({**small_clip_model(resolution=32, patch=8, layers=2).state_dict()}, path)
-    return path
 
 
 CLIPS_METRICS = ("fd_clip", "cmmd", "clip_score", "diversity")

@@ -128,6 +128,13 @@ def embed_captions(config: EasyDict, items: dict[str, list[Item]]) -> FrozenClip
 
 
 def write_statistics(config: EasyDict, clip: FrozenClip, items: list[Item]) -> None:
-    """Measure the real test pictures for each metric of `eval.metrics` that compares with them, unless it is there."""
-    for reference in Scorer(config, clip, items).references.values():
+    """Measure the real test pictures for each metric of `eval.metrics` that compares with them, unless it is there; and
+    let the judge, where it is another CLIP, encode their captions."""
+    scorer = Scorer(config, clip, items)
+    for reference in scorer.references.values():
         print(f"statistics          {reference.source}")
+    if scorer.judge is not clip:
+        captions.embed(
+            captions.CaptionTable([item.captions for item in items]), scorer.judge, cache_folder(config.data)
+        )
+        print(f"judge's captions    {cache_folder(config.data)}, by {scorer.judge.name}")

@@ -246,6 +246,44 @@ def test_evaluation_cuts_the_centre(size, reduced, corner, tmp_path):
     assert number == 1 and np.array_equal(levels_of(image), resized[top : top + 16, left : left + 16])
 
 
+@pytest.mark.parametrize(
+    ("size", "reduced", "corner"),
+    [
+        ((16, 16), (16, 16), (0, 0)),
+        ((24, 16), (16, 11), (0, 2)),
+        ((16, 32), (8, 16), (4, 0)),
+        ((8, 10), (13, 16), (1, 0)),
+    ],
+)
+def test_padding_keeps_the_whole_picture_on_the_colour_of_its_border(size, reduced, corner, tmp_path):
+    levels = np.full((size[1], size[0], 3), (200, 30, 90), np.uint8)
+    levels[size[1] // 3 : -(size[1] // 3), size[0] // 3 : -(size[0] // 3)] = (10, 250, 0)
+    levels[0, : size[0] // 5] = 255  # a corner of another colour changes no median
+    Image.fromarray(levels).save(tmp_path / "0.png")
+    item = Item("0", tmp_path / "0.png", ["a"])
+    expected = np.full((16, 16, 3), (200, 30, 90), np.uint8)
+    resized = np.array(Image.fromarray(levels).resize(reduced, Image.Resampling.BILINEAR))
+    left, top = corner
+    expected[top : top + reduced[1], left : left + reduced[0]] = resized
+    tested = levels_of(loader.TestImages([item], 16, "pad")[0][0])
+    assert np.array_equal(tested, expected)
+    assert np.array_equal(levels_of(TrainingImages([item], 16, 1.0, False, 0, "pad")[Draw(0, 0, 0, 0)][0]), tested)
+
+
+def test_the_longest_strip_is_padded_at_its_final_size():
+    """32 to 1, of which a square of the original's side would fill the memory."""
+    found = np.array(loader.fitted(Image.new("RGB", (64, 2), (1, 2, 3)).resize((32_000, 1000)), 16, "pad"))
+    assert found.shape == (16, 16, 3) and (found == (1, 2, 3)).all()
+
+
+def test_a_padded_picture_is_enlarged_and_cropped_as_any_other(tmp_path):
+    item, levels = saved(tmp_path, 0, (20, 10))
+    square = np.array(loader.fitted(Image.fromarray(levels), 20, "pad"))
+    assert np.array_equal(square[5:15], levels)
+    places, images = windows(square, 16), TrainingImages([item], 16, 1.25, False, 0, "pad")
+    assert all(levels_of(images[Draw(number, 0, 0, 0)][0]).tobytes() in places for number in range(20))
+
+
 def test_lengths(tmp_path):
     items = [saved(tmp_path, number, (16, 16))[0] for number in range(3)]
     assert len(loader.TestImages(items, 16)) == len(TrainingImages(items, 16, 1.0, False, 0)) == 3
