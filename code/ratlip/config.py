@@ -38,6 +38,7 @@ CHOICES = {
     "ratgan.affines": (4, 6),
     "eval.clip_source": ("openai", "open_clip"),
     "eval.clip_activation": ("quick_gelu", "gelu"),
+    "damsm.image_encoder": ("inception", "clip"),
     "train.device": ("auto", "cpu", "cuda"),
     "train.precision": ("auto", "fp32", "bf16", "fp16"),
 }
@@ -51,6 +52,10 @@ AT_LEAST = {
     "model.noise_scale": 0.0,
     "ratgan.g_start": 0.0,
     "text.words": 1,
+    "damsm.batch_size": 2,
+    "damsm.max_epoch": 1,
+    "damsm.lr": 0.0,
+    "damsm.clip_grad": 0.0,
     "train.batch_size": 2,  # the mismatched caption is another image's
     "train.mismatch_pool": 1,
     "train.max_epoch": 1,
@@ -132,6 +137,7 @@ OPTIONAL = {  # null, or of this type
     "text.vocabulary": str,
     "eval.clip_weights": str,
     "eval.clip_activation": str,
+    "damsm.batch_size": int,
     "eval.inception_weights": str,
     "eval.inception_released_weights": str,
     "eval.released_npz": str,

@@ -19,18 +19,18 @@ from torch.utils.data import DataLoader
 from ratlip import build, checkpoint, distributed, resume, runs
 from ratlip import config as configuration
 from ratlip import device as devices
-from ratlip.course import Course, draw_course
+from ratlip.course import Course
 from ratlip.data import captions
 from ratlip.data.inventory import cache_folder, usable_items
 from ratlip.data.loader import Batch, Draw, EpochBatches, TrainingImages, shard_numbers, to_floats, training_loader
 from ratlip.encoders import TextEncoder
-from ratlip.evaluation import Evaluator, Scorer, scores_table
+from ratlip.evaluation import Evaluator, Scorer
 from ratlip.guard import Guard
 from ratlip.monitor import Monitor
 from ratlip.paths import command
 from ratlip.preparation import check_size
 from ratlip.profiling import Trace
-from ratlip.stopping import Stop, Stopped, end_workers
+from ratlip.stopping import Stop
 from ratlip.systems import SYSTEMS
 from ratlip.systems.system import Phase, Step, System
 
@@ -74,6 +74,11 @@ class Training:
         if self.settings.compile:
             mode = "reduce-overhead" if place.type == "cuda" else None  # with CUDA graphs
             system.compile(partial(devices.compiled, mode=mode))
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it is."""
+        return self.sentences.device
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -283,7 +288,6 @@ def _train(config: EasyDict, start: resume.Start, words: list[str], started: flo
     if t.epoch >= config.train.max_epoch:
         distributed.say(f"nothing left to train: {t.epoch} epochs are done; raise train.max_epoch to go on")
     again = f"{command('resume.sh')} {runs.quoted(t.run)}"
-    failure = None
     stop = Stop(config.train.max_hours, started)  # until here a signal ends the program: there is nothing to save
     course = Course(
         t,
@@ -299,28 +303,7 @@ def _train(config: EasyDict, start: resume.Start, words: list[str], started: flo
         scores=scores,
         folder=save_folder,
     )
-    try:
-        course.begin()
-        while t.epoch < config.train.max_epoch:
-            course.steps()
-            course.finish_epoch()
-    except (Exception, Stopped) as cause:
-        failure = course.leave(cause, again)
-        if failure is None:
-            draw_course(t, monitor)
-    else:
-        distributed.say(f"\n{scores_table(course.scores)}\n")
-        monitor.hparams(course.scores["end"])
-        draw_course(t, monitor)
-    finally:
-        trace.close()
-        if t.run.lost:
-            monitor.active = False  # nothing more is written, whatever it still holds
-        monitor.close()
-        stop.close()
-        end_workers()
-    if failure is not None:
-        raise failure
+    course.run(again)
     distributed.say(f"checkpoints  {save_folder}\nlogs, grids  {monitor.folder}")
     distributed.say(f"minutes      {(time.time() - started) / 60:.1f}")
     distributed.stop()

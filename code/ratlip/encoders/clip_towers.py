@@ -179,6 +179,13 @@ class FrozenClip(nn.Module):
         visual = self.clip.visual
         return torch.stack(maps, dim=1), visual.ln_post(tokens[:, 0]) @ visual.proj
 
+    def regions(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] -> the last block's patch tokens, normalised and projected as the class token
+        is (B, E, g, g), and the embedding (B, E)."""
+        visual = self.clip.visual
+        tokens = visual.ln_post(self._run(self._patches(images), range(self.depth))[0]) @ visual.proj
+        return self._to_map(tokens[:, 1:]), tokens[:, 0]
+
     def feature_maps(self, images: Tensor) -> Tensor:
         """The feature maps of `image` alone; blocks above the last one that is read do not run."""
         return torch.stack(self._run(self._patches(images), range(self.feature_blocks[-1] + 1))[1], dim=1)
