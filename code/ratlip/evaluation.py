@@ -85,7 +85,8 @@ class Scorer:
         for name in dict.fromkeys(METRICS[name].space for name in asked if METRICS[name].space):
             users = [metric for metric in asked if METRICS[metric].space == name]
             try:
-                self.spaces[name] = SPACES[name](config, self.judge)
+                # DAMSM is no judge's: it may be made with the generator's CLIP.
+                self.spaces[name] = SPACES[name](config, clip if name == "damsm" else self.judge)
             except MissingWeights as error:
                 self.missing += users
                 if distributed.rank() == 0:
@@ -136,8 +137,8 @@ class Scorer:
             with stages("features"):
                 for space in spaces:
                     if space.name not in scored.features:
-                        found = space(scored.images)
-                        scored.features.update({space.name: found, **space.also(found)})
+                        scored.features[space.name] = space(scored.images)
+                    scored.features.update(space.also(scored.features[space.name], scored.captions))
             with stages("statistics"):
                 for metric in metrics:
                     metric.update(scored)

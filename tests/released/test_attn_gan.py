@@ -1,16 +1,23 @@
 """Published AttnGAN files and configurations: the numbers they give, and those that are not what they should be."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import yaml
 from helpers import released_weights
 
+from ratlip import checkpoint
 from ratlip.errors import UserError
 from ratlip.models.attn_gan.discriminator import Discriminator
-from ratlip.models.attn_gan.generator import Generator, stage_sizes
-from ratlip.released.attn_gan import _critic_key, _generator_key, describe, is_released, load_networks, translate
+from ratlip.models.attn_gan.generator import Condition, Generator, stage_sizes
+from ratlip.released.attn_gan import (
+    _critic_key,
+    _generator_key,
+    critics_beside,
+    describe,
+    is_released,
+    load_networks,
+    translate,
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +31,10 @@ def net_d64():
 
 
 def test_settings_from_shapes(net_g):
-    generator, critics, info = load_networks(net_g, SimpleNamespace(embedding_dim=256), "bird_AttnGAN2.pth")
+    generator, critics, info = load_networks(net_g)
     assert critics is None and generator.sizes == [64, 128, 256] and not generator.training
     settings = {"stages": 3, "nf": 32, "residuals": 2, "z_dim": 100, "condition_dim": 100, "cond_dim": 256}
-    assert info == {"system": "AttnGAN", "epoch": None, "imsize": 256, **settings}
+    assert info == {"system": "AttnGAN", "name": "attngan", "epoch": None, "imsize": 256, **settings}
 
 
 def of_size(channels: int) -> tuple[dict, list[dict]]:
@@ -42,18 +49,25 @@ def of_size(channels: int) -> tuple[dict, list[dict]]:
 def test_a_folder_as_training_leaves_it(tmp_path):
     """Other sizes and settings than the published ones; critics beside the generator; `module.` before every key."""
     net_g, net_ds = of_size(2)
-    torch.save({f"module.{key}": value for key, value in net_g.items()}, tmp_path / "netG_epoch_50.pth")
+    path = tmp_path / "netG_epoch_50.pth"
+    torch.save({f"module.{key}": value for key, value in net_g.items()}, path)
+    generator, _, info = load_networks(checkpoint.read(path))
+    assert describe(info) == "released AttnGAN, stages 3, nf 2, residuals 1, z_dim 5, cond_dim 12, imsize 64"
     for number, net_d in enumerate(net_ds):
-        assert load_networks(tmp_path / "netG_epoch_50.pth")[1] is None
+        assert critics_beside(path, generator) is None
         torch.save(net_d, tmp_path / f"netD{number}.pth")
-    generator, critics, info = load_networks(tmp_path / "netG_epoch_50.pth")
+    critics = critics_beside(path, generator)
     assert generator.sizes == [critic.side for critic in critics] == [16, 32, 64]
-    assert describe(info) == (
-        "released AttnGAN, epoch 50, stages 3, nf 2, residuals 1, z_dim 5, cond_dim 12, d_channels 2, imsize 64"
-    )
+    assert critics_beside(tmp_path / "bird_AttnGAN2.pth", generator) is None
+    drawn = generator(torch.randn(2, 9), Condition(torch.randn(2, 12), torch.randn(2, 12, 3), torch.ones(2, 3).bool()))
+    for critic, image in zip(critics, drawn.images, strict=True):
+        assert critic(image, torch.randn(2, 12))[0].isfinite().all()
     torch.save(net_ds[0], tmp_path / "netD2.pth")
-    with pytest.raises(UserError, match=r"netD2\.pth: of pictures of 16 pixels, which are 64 in .*netG_epoch_50"):
-        load_networks(tmp_path / "netG_epoch_50.pth")
+    with pytest.raises(UserError, match=r"netD2\.pth: of .* \(16, 12\) .* not \(64, 12\) as .*netG_epoch_50"):
+        critics_beside(path, generator)
+    torch.save(without(net_ds[0], "UNCOND_DNET.outlogits.0.weight"), tmp_path / "netD0.pth")
+    with pytest.raises(UserError, match=r"netD0\.pth: a netD of AttnDCGAN"):
+        critics_beside(path, generator)
 
 
 def without(weights: dict, key: str) -> dict:
@@ -67,7 +81,6 @@ def test_the_first_thing_wrong_is_named(net_g, net_d64):
     for other in ({"model": {"netG": net_g}}, {"generator": {}}, [], {}, {"state_dict": net_g}):
         assert not is_released(other)
     for weights, part in (
-        ({"generator": {}}, "not a published AttnGAN network"),
         (without(net_g, "h_net3.upsample.2.bias"), r"netG has no h_net3\.upsample\.2\.bias"),
         ({**net_g, "surprise": torch.zeros(1)}, "netG has a key that no released network has: surprise"),
         ({**net_g, "h_net2.upsample.1.weight": torch.zeros(3)}, r"h_net2\.upsample\.1\.weight is \(3,\)"),
@@ -78,10 +91,8 @@ def test_the_first_thing_wrong_is_named(net_g, net_d64):
         ({**without(net_g, "img_net3.img.0.weight"), "img_net.img.0.weight": torch.zeros(3, 32, 3, 3)}, "AttnDCGAN"),
         ({key: value for key, value in net_d64.items() if "UNCOND" not in key}, "AttnDCGAN"),
     ):
-        with pytest.raises(UserError, match=f"here.pth: .*{part}"):
-            load_networks(weights, None, "here.pth")
-    with pytest.raises(UserError, match="of 256 numbers, this encoder's have 64; .*text.encoder=damsm"):
-        load_networks(net_g, SimpleNamespace(embedding_dim=64))
+        with pytest.raises(UserError, match=part):
+            load_networks(weights)
 
 
 BIRD = """
@@ -117,6 +128,7 @@ def test_a_published_configuration():
         "data.layout": "bird",
         "data.dir": "../data/birds",
         "data.num_workers": 4,
+        "text.encoder": "damsm",
         "text.weights": "../DAMSMencoders/bird/text_encoder200.pth",
         "train.batch_size": 20,
         "train.max_epoch": 600,
@@ -124,14 +136,33 @@ def test_a_published_configuration():
         "train.lr_d": 0.0002,
         "log.save_interval": 50,
         "attngan.stages": 3,
-        "attngan.nf": 32,
-        "attngan.d_channels": 64,
+        "model.nf": 32,
+        "model.d_channels": 64,
         "attngan.residuals": 2,
         "attngan.damsm": 5.0,
     }
     assert dropped == [
         "CONFIG_NAME", "GPU_ID", "B_VALIDATION", "TRAIN.FLAG", "TRAIN.NET_G", "TRAIN.B_NET_D", "TEXT.CAPTIONS_PER_IMAGE"
     ]  # fmt: skip
+
+
+def test_a_configuration_of_damsm():
+    tree = "{BRANCH_NUM: 1, BASE_SIZE: 299}"
+    train = (
+        "{FLAG: True, BATCH_SIZE: 48, MAX_EPOCH: 600, SNAPSHOT_INTERVAL: 50, ENCODER_LR: 0.002, RNN_GRAD_CLIP: 0.25}"
+    )
+    content = f"DATASET_NAME: birds\nTREE: {tree}\nTRAIN: {train}\nTEXT: {{WORDS_NUM: 18, CAPTIONS_PER_IMAGE: 10}}"
+    settings, dropped = translate(yaml.safe_load(content))
+    assert settings == {
+        "data.layout": "bird",
+        "text.words": 18,
+        "damsm.batch_size": 48,
+        "damsm.max_epoch": 600,
+        "damsm.lr": 0.002,
+        "damsm.clip_grad": 0.25,
+        "log.save_interval": 50,
+    }
+    assert dropped == ["TRAIN.FLAG", "TEXT.CAPTIONS_PER_IMAGE"]
 
 
 @pytest.mark.parametrize(("old", "new", "part"), [

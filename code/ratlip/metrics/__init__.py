@@ -6,7 +6,7 @@ from ratlip.metrics.clip_score import ClipScore
 from ratlip.metrics.cmmd import Cmmd
 from ratlip.metrics.diversity import Diversity
 from ratlip.metrics.fid import Fid, FrechetClip, ReleasedFid
-from ratlip.metrics.r_precision import RPrecision
+from ratlip.metrics.r_precision import DamsmRPrecision, RPrecision
 
 KINDS = (
     Fid,
@@ -15,6 +15,7 @@ KINDS = (
     Cmmd,
     ClipScore,
     RPrecision,
+    DamsmRPrecision,
     Diversity,
     Kid,
     PrecisionRecall,

@@ -34,11 +34,17 @@ class RPrecision(Metric):
 
     def update(self, scored: Scored) -> None:
         items = scored.numbers if scored.items is None else scored.items
-        self.seen.append((scored.numbers, items, scored.captions, scored.features[self.space], scored.sentences))
+        images, sentences = self.compared(scored)
+        self.seen.append((scored.numbers, items, scored.captions, images, sentences))
+
+    def compared(self, scored: Scored) -> tuple[Tensor, Tensor]:
+        """Pictures and their captions (B, D) in the space."""
+        return scored.features[self.space], scored.sentences
 
     def compute(self) -> dict[str, float]:
         """{"r_precision": mean of ten parts, "r_precision/std": their spread, "r_precision/candidates": captions that
         the picture with the fewest was compared with}; where a picture has no other caption, the score is NaN."""
+        (name,) = self.names
         own = [tuple(part.cpu() if isinstance(part, Tensor) else part for part in batch) for batch in self.seen]
         batches = [batch for others in distributed.gather(own) for batch in others]
         numbers, items, texts, images, sentences = zip(*batches, strict=True)
@@ -52,15 +58,25 @@ class RPrecision(Metric):
         parts = np.array([part.mean() for part in np.array_split(hits.numpy(), min(PARTS, len(hits)))])
         fewest = int(candidates.min())
         return {
-            "r_precision": float(parts.mean()) if fewest > 1 else float("nan"),
-            "r_precision/std": float(parts.std()),
-            "r_precision/candidates": fewest,
+            name: float(parts.mean()) if fewest > 1 else float("nan"),
+            f"{name}/std": float(parts.std()),
+            f"{name}/candidates": fewest,
         }
 
     @classmethod
     def caveat(cls, reference: Reference | None, count: int) -> str:
         few = f", of which {count:,} pictures have fewer" if count < CANDIDATES else ""
         return f"first of {CANDIDATES} captions{few}; mean and spread of {PARTS} parts"
+
+
+class DamsmRPrecision(RPrecision):
+    """`r_precision_damsm`: the same in the space of DAMSM, in which the papers have it."""
+
+    names = ("r_precision_damsm",)
+    space = "damsm"
+
+    def compared(self, scored: Scored) -> tuple[Tensor, Tensor]:
+        return scored.features["damsm"], scored.features["damsm_sentences"]
 
 
 def first_of(images: Tensor, sentences: Tensor, captions: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:

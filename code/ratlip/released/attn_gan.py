@@ -14,16 +14,20 @@ from ratlip.models.attn_gan.discriminator import Discriminator
 from ratlip.models.attn_gan.generator import Generator
 from ratlip.released.weights import fill, need, tensors
 
+SYSTEMS = ("AttnGAN",)
 UNUSED = re.compile("(?!)")  # of what these files hold everything has a part in the results
 ONE_STAGE = (
     "AttnDCGAN, a variant of AttnGAN with one picture size (birds' bird_AttnDCGAN2.pth), which is not built here; "
     "bird_AttnGAN2.pth and coco_AttnGAN2.pth are AttnGAN itself"
 )
-# Where the keys of a published configuration stand here.
+# Where the keys of a published configuration stand here: in all of them, in those of the GAN, in those of DAMSM.
 NESTED = {
     "DATASET_NAME": "data.layout",
     "DATA_DIR": "data.dir",
     "WORKERS": "data.num_workers",
+    "TEXT.WORDS_NUM": "text.words",
+}
+GAN = {
     "TREE.BRANCH_NUM": "attngan.stages",
     "TRAIN.NET_E": "text.weights",
     "TRAIN.BATCH_SIZE": "train.batch_size",
@@ -32,12 +36,18 @@ NESTED = {
     "TRAIN.GENERATOR_LR": "train.lr_g",
     "TRAIN.DISCRIMINATOR_LR": "train.lr_d",
     "TRAIN.SMOOTH.LAMBDA": "attngan.damsm",
-    "GAN.GF_DIM": "attngan.nf",
-    "GAN.DF_DIM": "attngan.d_channels",
+    "GAN.GF_DIM": "model.nf",
+    "GAN.DF_DIM": "model.d_channels",
     "GAN.Z_DIM": "model.z_dim",
     "GAN.CONDITION_DIM": "attngan.condition_dim",
     "GAN.R_NUM": "attngan.residuals",
-    "TEXT.WORDS_NUM": "text.words",
+}
+DAMSM = {
+    "TRAIN.BATCH_SIZE": "damsm.batch_size",
+    "TRAIN.MAX_EPOCH": "damsm.max_epoch",
+    "TRAIN.SNAPSHOT_INTERVAL": "log.save_interval",
+    "TRAIN.ENCODER_LR": "damsm.lr",
+    "TRAIN.RNN_GRAD_CLIP": "damsm.clip_grad",
 }
 LAYOUTS = {"birds": "bird"}
 # What is the same in every published configuration, and is no setting here.
@@ -53,48 +63,60 @@ def is_released(content: object) -> bool:
 
 
 def load_networks(
-    checkpoint: str | Path | Mapping, encoder: nn.Module | None = None, path: str | Path | None = None
+    checkpoint: Mapping, clip_model: nn.Module | None = None
 ) -> tuple[Generator | None, list[Discriminator] | None, dict]:
-    """Build the networks of a published file, in eval mode on the CPU.
+    """Build the network of a published file, in eval mode on the CPU.
 
     Args:
-        checkpoint: a path, or what torch.load gives for one: a netG, or one netD.
-        encoder: the text encoder it is to read captions with, whose embedding's size is compared. None: any.
-        path: where the content came from: for messages, and for the netD0.pth, netD1.pth and so on that lie beside a
-            netG_epoch_<n>.pth, where all of them are there.
+        checkpoint: a netG or a netD, tensors by name.
+        clip_model: not read; no CLIP belongs to this system.
 
     Returns:
-        generator: of all sizes. None in a file of a netD.
-        critics: of each size, the smallest first; of a netD's file that one. None without.
-        info: system ("AttnGAN"), epoch (or None), imsize, stages, nf, residuals, z_dim, condition_dim, cond_dim,
-            d_channels, as far as the files tell.
+        generator: None in a file of a netD.
+        critics: the one in a file of a netD, else None; `critics_beside` finds those of a netG.
+        info: system, epoch (None: the file's name may tell), imsize, stages, nf, residuals, z_dim, condition_dim,
+            cond_dim, d_channels, as far as the file tells.
 
     Raises:
-        UserError: not such a file, keys missing or unknown, or another encoder; names the first thing wrong.
+        UserError: keys missing or unknown; names the first thing wrong.
     """
-    if isinstance(checkpoint, str | Path):
-        path, checkpoint = checkpoint, checkpoint_file.read(checkpoint)
-    try:
-        if not is_released(checkpoint):
-            raise UserError("not a published AttnGAN network: neither a netG nor a netD")
-        weights = tensors("the file", checkpoint)
-        if "ca_net.fc.weight" not in weights:
-            critic, info = _critic(weights, "netD")
-            return None, [critic], {"system": "AttnGAN", "epoch": None, **info}
-        generator, info = _generator(weights, encoder)
-    except UserError as error:
-        raise UserError(f"{path}: {error}" if path else str(error)) from None
-    named = re.fullmatch(r"netG_epoch_(\d+)\.pth", Path(path).name) if path else None
-    info["epoch"] = int(named[1]) if named else None
-    critics = _critics_beside(Path(path), generator.sizes, info) if named else None
-    return generator, critics, info
+    weights = tensors("the file", checkpoint)
+    about = {"system": "AttnGAN", "name": "attngan", "epoch": None}
+    if "ca_net.fc.weight" in weights:
+        generator, info = _generator(weights)
+        return generator, None, {**about, **info}
+    critic, info = _critic(weights)
+    return None, [critic], {**about, **info}
+
+
+def critics_beside(path: Path, generator: Generator) -> list[Discriminator] | None:
+    """The netD0.pth, netD1.pth and so on that training leaves beside its netG_epoch_<n>.pth; None where not all of them
+    are there, or `path` is named otherwise.
+
+    Raises:
+        UserError: one that is none, or is of another size or condition than the generator's.
+    """
+    places = [path.with_name(f"netD{number}.pth") for number in range(len(generator.sizes))]
+    if not re.fullmatch(r"netG_epoch_\d+\.pth", path.name) or not all(place.is_file() for place in places):
+        return None
+    critics = []
+    for place, size in zip(places, generator.sizes, strict=True):
+        content = checkpoint_file.read(place)
+        try:
+            critic, info = _critic(tensors("the file", content))
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
+        own, theirs = (size, generator.sentence_dim), (critic.side, info["cond_dim"])
+        if own != theirs:
+            raise UserError(f"{place}: of pictures and sentences of {theirs} pixels and numbers, not {own} as {path}")
+        critics.append(critic)
+    return critics
 
 
 def describe(info: Mapping) -> str:
     """What `load_networks` read from a file, in words."""
-    names = ("stages", "nf", "residuals", "z_dim", "cond_dim", "d_channels", "imsize")
-    found = [f"{name} {info[name]}" for name in names if name in info]
-    return ", ".join([f"released {info['system']}", f"epoch {info['epoch']}", *found])
+    names = ("epoch", "stages", "nf", "residuals", "z_dim", "cond_dim", "d_channels", "imsize")
+    return ", ".join([f"released {info['system']}", *(f"{name} {info[name]}" for name in names if info.get(name))])
 
 
 def translate(content: Mapping) -> tuple[dict[str, Any], list[str]]:
@@ -112,18 +134,15 @@ def translate(content: Mapping) -> tuple[dict[str, Any], list[str]]:
     for key, value in FIXED.items():
         if key in flat and flat[key] != value:
             raise UserError(f"{key}: {flat[key]}; it is {value} in every published configuration, and here")
-    pretraining = flat.get("TREE.BRANCH_NUM") == 1  # of DAMSM: no GAN in it
-    settings: dict[str, Any] = {"text.encoder": "damsm"} if pretraining else {"model.name": "attngan"}
-    for key, ours in NESTED.items():
-        if flat.get(key) not in (None, ""):
-            settings[ours] = flat[key]
-    if pretraining:
-        del settings["attngan.stages"]
-    elif "TREE.BASE_SIZE" in flat or "attngan.stages" in settings:
-        settings["model.imsize"] = flat.get("TREE.BASE_SIZE", 64) << (settings.get("attngan.stages", 3) - 1)
+    stages, pretraining = flat.get("TREE.BRANCH_NUM", 3), flat.get("TREE.BRANCH_NUM") == 1
+    keys = {**NESTED, **(DAMSM if pretraining else GAN)}
+    settings: dict[str, Any] = {ours: flat[key] for key, ours in keys.items() if flat.get(key) not in (None, "")}
+    if not pretraining:
+        settings |= {"model.name": "attngan", "model.imsize": flat.get("TREE.BASE_SIZE", 64) << (stages - 1)}
+        settings["text.encoder"] = "damsm"
     if "data.layout" in settings:
         settings["data.layout"] = LAYOUTS.get(settings["data.layout"], settings["data.layout"])
-    used = {*NESTED, *FIXED, "TREE.BASE_SIZE", "GAN.B_DCGAN"}
+    used = {*keys, *FIXED, "TREE.BRANCH_NUM", "TREE.BASE_SIZE", "GAN.B_DCGAN"}
     return settings, [key for key in flat if key not in used]
 
 
@@ -134,13 +153,8 @@ def _flat(tree: Mapping, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _generator(weights: dict[str, Tensor], encoder: nn.Module | None) -> tuple[Generator, dict]:
+def _generator(weights: dict[str, Tensor]) -> tuple[Generator, dict]:
     info = read_settings(weights)
-    if encoder is not None and info["cond_dim"] != encoder.embedding_dim:
-        raise UserError(
-            f"the network reads words and sentences of {info['cond_dim']} numbers, this encoder's have "
-            f"{encoder.embedding_dim}; published ones were trained with DAMSM (text.encoder=damsm)"
-        )
     sizes = [info["imsize"] >> later for later in range(info["stages"] - 1, -1, -1)]
     dims = [info[name] for name in ("nf", "cond_dim", "cond_dim", "z_dim", "condition_dim", "residuals")]
     generator = _built(lambda: Generator(sizes, *dims))
@@ -149,14 +163,13 @@ def _generator(weights: dict[str, Tensor], encoder: nn.Module | None) -> tuple[G
 
 
 def read_settings(net_g: Mapping[str, Tensor]) -> dict:
-    """The settings that the shapes of a published netG imply, and its system."""
+    """The settings that the shapes of a published netG imply."""
     if any(key.startswith("img_net.") for key in net_g):
         raise UserError(f"a netG of {ONE_STAGE}")
     condition_dim = need(net_g, "ca_net.fc.weight", "netG", axes=2).shape[0] // 4
     stages = sum(bool(re.fullmatch(r"img_net\d+\.img\.0\.weight", key)) for key in net_g)
     doublings = sum(bool(re.fullmatch(r"h_net1\.upsample\d+\.1\.weight", key)) for key in net_g)
     return {
-        "system": "AttnGAN",
         "imsize": 4 * 2 ** (doublings + stages - 1),
         "stages": stages,
         "nf": need(net_g, "img_net1.img.0.weight", "netG", axes=4).shape[1],
@@ -167,33 +180,15 @@ def read_settings(net_g: Mapping[str, Tensor]) -> dict:
     }
 
 
-def _critics_beside(path: Path, sizes: list[int], info: dict) -> list[Discriminator] | None:
-    """Those of netD0.pth and so on beside a netG, into whose `info` their channels go; None where one is missing."""
-    places = [path.with_name(f"netD{number}.pth") for number in range(len(sizes))]
-    if not all(place.is_file() for place in places):
-        return None
-    critics = []
-    for place, size in zip(places, sizes, strict=True):
-        try:
-            critic, own = _critic(tensors("netD", checkpoint_file.read(place)), "netD")
-        except UserError as error:
-            raise UserError(str(error) if str(place) in str(error) else f"{place}: {error}") from None
-        if critic.side != size or own["cond_dim"] != info["cond_dim"]:
-            raise UserError(f"{place}: of pictures of {critic.side} pixels, which are {size} in {path}")
-        info["d_channels"] = own["d_channels"]
-        critics.append(critic)
-    return critics
-
-
-def _critic(weights: dict[str, Tensor], name: str) -> tuple[Discriminator, dict]:
+def _critic(weights: dict[str, Tensor]) -> tuple[Discriminator, dict]:
     if "UNCOND_DNET.outlogits.0.weight" not in weights and "COND_DNET.outlogits.0.weight" in weights:
         raise UserError(f"a netD of {ONE_STAGE}")
-    channels = need(weights, "img_code_s16.0.weight", name, axes=4).shape[0]
+    channels = need(weights, "img_code_s16.0.weight", "netD", axes=4).shape[0]
     halvings = sum(bool(re.fullmatch(r"img_code_s(16\.[0258]|\d\d+\.0)\.weight", key)) for key in weights)
-    joint = need(weights, "COND_DNET.jointConv.0.weight", name, axes=4)
+    joint = need(weights, "COND_DNET.jointConv.0.weight", "netD", axes=4)
     cond_dim = joint.shape[1] - joint.shape[0]
     critic = _built(lambda: Discriminator(4 * 2**halvings, channels, cond_dim))
-    fill(critic, _counted(weights), lambda key: _critic_key(key, halvings), name, UNUSED)
+    fill(critic, _counted(weights), lambda key: _critic_key(key, halvings), "netD", UNUSED)
     return critic, {"imsize": critic.side, "d_channels": channels, "cond_dim": cond_dim}
 
 

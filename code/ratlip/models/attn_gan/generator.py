@@ -55,7 +55,7 @@ class Generator(nn.Module):
         mask: str = "own",
     ):
         super().__init__()
-        self.sizes, self.noise_dim = sizes, z_dim + condition_dim
+        self.sizes, self.noise_dim, self.sentence_dim = sizes, z_dim + condition_dim, sentence_dim
         self.augmentation = ConditioningAugmentation(sentence_dim, condition_dim)
         self.first = FirstStage(self.noise_dim, channels, sizes[0])
         self.stages = nn.ModuleList(NextStage(channels, word_dim, residuals, mask) for _ in sizes[1:])
