@@ -205,9 +205,9 @@ def average_kept(batch_size: int, images: int, half_life: float | None = None, r
     generator.
 
     Args:
-        half_life: in images; None: as published, 10 / 32 thousand for each picture of a batch. ramp: the half-life is no
-            longer than this share of the images seen; None: it is from the first step on, as where a run goes on from
-            another's weights.
+        half_life: in images; None: as published, 10 / 32 thousand for each picture of a batch.
+        ramp: the half-life is no longer than this share of the images seen; None: it is from the first step on, as
+            where a run goes on from another's weights.
     """
     half_life = batch_size * 10_000 / 32 if half_life is None else half_life
     if ramp is not None:

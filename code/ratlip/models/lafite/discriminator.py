@@ -65,7 +65,7 @@ class Discriminator(nn.Module):
         self.to(memory_format=torch.channels_last)  # which convolutions on CPUs and GPUs are fastest with
 
     def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (B, 3, S, S) in [-1, 1] -> what of the logit is the picture's alone, o (B, 1), and features d (B, E).
+        """Pictures (B, 3, S, S) in [-1, 1] -> o (B, 1), the picture's own part of the logit, and features d (B, E).
 
         Raises:
             UserError: a batch, over all processes, of more than GROUP samples that does not divide by GROUP.

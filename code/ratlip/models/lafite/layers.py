@@ -1,4 +1,4 @@
-"""LAFITE's layers: weights of unit variance scaled at run time, filtered resizing, convolutions modulated by a style."""
+"""LAFITE's layers: weights scaled at run time, filtered resizing, convolutions modulated by a style."""
 
 import math
 

@@ -13,7 +13,7 @@ PATH_DECAY = 0.01  # by which the mean path length moves
 
 
 def contrast(a: Tensor, b: Tensor, temperature: float = 0.5, share: float = 0.0, form: str = "released") -> Tensor:
-    """How well each row of a (B, E) is told to be that of its own row of b, among those of the batch over all processes.
+    """How well each row of a (B, E) finds its own row of b among all of the batch, and of other processes.
 
     With S_ij = cos(a_i, b_j), and E = exp(S / temperature): c_i = log(temperature * softmax over the rows of E)_ii, r_i
     the same over the columns; share * r + (1 - share) * c. "released" is this, a softmax of exponentials, which the
