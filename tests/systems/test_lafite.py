@@ -1,19 +1,25 @@
 """LAFITE's phases against the released system's numbers, over processes, and what makes a step of them."""
 
+import os
+import runpy
+import subprocess
+import sys
 import zlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from helpers import SALT, fixture_input, relative_error
+from helpers import ROOT, SALT, fixture_input, relative_error
 from released_lafite import SETTINGS, answers, gradient_names, inputs, networks
 from torch import Tensor, nn
 
 from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.models.lafite.condition import seen
+from ratlip.models.lafite.discriminator import Discriminator
+from ratlip.models.lafite.generator import Generator
 from ratlip.systems import lafite
-from ratlip.systems.lafite import Networks, Real
+from ratlip.systems.lafite import Networks, Real, Settings, State
 
 FORWARD, GRADIENT = 1e-5, 5e-4  # tolerances in float32
 SIZES = {"64": ("lafite64", 8, 64), "256": ("lafite", 2, 256)}
@@ -229,3 +235,106 @@ def test_logits_of_each_sample(made):
         check_r1("64.ps.Dreg", n, real, draws, SETTINGS)
     finally:
         n.discriminator.logits = "released"
+
+
+STEP = """
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+from ratlip import distributed
+from ratlip.models.lafite.discriminator import Discriminator
+from ratlip.models.lafite.generator import Generator
+from ratlip.systems import lafite
+
+
+def step(clip):
+    '''Gradients of each phase of a batch of 8, their means over processes, and the state.'''
+    rank, processes = distributed.rank(), distributed.world_size()
+    torch.manual_seed(0)
+    tiny = {"condition_dim": clip.embedding_dim, "imsize": 16, "base": 64, "most": 8}
+    n = lafite.Networks(Generator(**tiny, noise_dim=8, depth=1), Discriminator(**tiny), clip, lafite.State())
+    real = torch.randn(8, 3, 16, 16), torch.randn(8, tiny["condition_dim"]), torch.randn(8, tiny["condition_dim"])
+    real = lafite.Real(*(whole[rank::processes] for whole in real))
+    settings = lafite.Settings(condition="mixed", lam=0.4, itd=3, iid=2, itc=2, iic=1)
+    found = {}
+    for number, phase in enumerate((lafite.generator_phase, lafite.path_length_phase, lafite.discriminator_phase, lafite.r1_phase)):
+        draws = lafite.draw(np.random.default_rng((1, number)), n, settings, 8 // processes, rank, processes)
+        network = n.generator if number < 2 else n.discriminator
+        loss = lafite.loss_of(phase(n, real, draws, settings))
+        loss.backward()
+        loss = loss.detach().clone()
+        distributed.mean_gradients(network, loss)
+        found[phase.__name__] = {"loss": loss, **{k: p.grad.clone() for k, p in network.named_parameters() if p.grad is not None}}
+        n.generator.zero_grad(), n.discriminator.zero_grad()
+    found["state"] = {"path_mean": n.state.path_mean, "w_avg": n.generator.mapping.w_avg}
+    return found
+
+
+if __name__ == "__main__":
+    from ratlip.encoders.clip_towers import load_clip
+    distributed.start()
+    torch.save(step(load_clip(sys.argv[1])), Path(sys.argv[2], f"{distributed.rank()}.pth"))
+    distributed.stop()
+"""  # noqa: E501
+
+
+def test_two_processes_learn_what_one_does(small_clip, clip_file, tmp_path):
+    """Contrasts, summed logits, the minibatch's deviation and both running means are those of the global batch."""
+    (tmp_path / "step.py").write_text(STEP)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "code"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    words = [*command, tmp_path / "step.py", clip_file, tmp_path]
+    result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    alone = runpy.run_path(str(tmp_path / "step.py"))["step"](small_clip)
+    for rank in range(2):
+        both = torch.load(tmp_path / f"{rank}.pth", weights_only=True)
+        for phase, expected in alone.items():
+            assert both[phase].keys() == expected.keys()
+            for key, value in expected.items():
+                assert (both[phase][key] - value).abs().max() <= 1e-4 * value.abs().max() + 1e-7, (rank, phase, key)
+
+
+def test_draws_do_not_depend_on_the_number_of_processes(small_clip):
+    tiny = {"condition_dim": small_clip.embedding_dim, "imsize": 16, "base": 64, "most": 8}
+    n = Networks(Generator(**tiny, noise_dim=8, depth=1), Discriminator(**tiny), small_clip, State())
+
+    def drawn(step: int, rank: int, processes: int) -> lafite.Draws:
+        return lafite.draw(np.random.default_rng((3, step)), n, Settings(), 8 // processes, rank, processes)
+
+    mixes = []
+    for step in range(60):
+        whole, halves = drawn(step, 0, 1), [drawn(step, rank, 2) for rank in range(2)]
+        for rank, half in enumerate(halves):
+            assert half.view == whole.view and half.crossover == whole.crossover
+            for one, share in zip(whole, half, strict=True):
+                if isinstance(one, Tensor):
+                    assert torch.equal(one[rank::2], share)
+        mixes.append(whole.crossover)
+    assert {2, 3, 4, 5} <= set(mixes) <= {None, 1, 2, 3, 4, 5} and 1 <= mixes.count(None) <= 14
+
+
+def test_settings_of_the_optimisers_and_of_the_average():
+    rate, betas = lafite.lazy_adam(0.0025, (0.0, 0.99), 4)
+    assert rate == pytest.approx(0.002) and betas == pytest.approx((0.0, 0.99**0.8))
+    assert lafite.lazy_adam(0.0025, (0.0, 0.99), 16)[0] == pytest.approx(0.0025 * 16 / 17)
+    assert lafite.lazy_adam(0.0025, (0.0, 0.99), 0) == (0.0025, (0.0, 0.99))
+    assert lafite.default_gamma(256, 64) == pytest.approx(0.2048)
+    assert lafite.average_kept(64, 0) == 0  # the first step copies
+    assert lafite.average_kept(64, 100_000) == pytest.approx(0.5 ** (64 / 5000))
+    assert lafite.average_kept(64, 10**7) == pytest.approx(0.5 ** (64 / 20_000))
+    assert lafite.average_kept(64, 0, ramp=None) == pytest.approx(0.5 ** (64 / 20_000))
+
+
+def test_language_free_needs_no_text(small_clip):
+    """Every phase, with pictures and their features alone; without contrasts, without the features too."""
+    tiny = {"condition_dim": small_clip.embedding_dim, "imsize": 16, "base": 64, "most": 8}
+    n = Networks(Generator(**tiny, noise_dim=8, depth=1), Discriminator(**tiny), small_clip, State())
+    real, settings = Real(torch.randn(4, 3, 16, 16), None, torch.randn(4, 64)), Settings(condition="image")
+    for number, phase in enumerate((lafite.generator_phase, lafite.path_length_phase, lafite.discriminator_phase)):
+        draws = lafite.draw(np.random.default_rng(number), n, settings, 4, 0, 1)
+        assert lafite.loss_of(phase(n, real, draws, settings)).isfinite()
+    only = Settings(itd=0, itc=0)
+    terms = lafite.generator_phase(n, real._replace(text=torch.randn(4, 64), features=None), draws, only)
+    assert list(terms) == ["adversarial"]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ratlip import distributed
 from ratlip.errors import UserError
-from ratlip.models.lafite.layers import EPS, Conv, Linear, sides_to, working_types
+from ratlip.models.lafite.layers import EPS, Conv, Linear, channels_at, sides_to, working_types
 
 GROUP = 4  # samples that the minibatch's standard deviation is of
 LOGITS = ("released", "per_sample")
@@ -55,7 +55,7 @@ class Discriminator(nn.Module):
     ):
         super().__init__()
         self.sizes, self.condition_dim, self.logits, self.normalize = sides_to(imsize), condition_dim, logits, normalize
-        channels = [min(base // side, most) for side in reversed(self.sizes)]
+        channels = channels_at(self.sizes, base, most)[::-1]
         self.fromrgb = Conv(3, channels[0], 1, clamp=clamp)
         self.blocks = nn.ModuleList(Block(*pair, clamp) for pair in zip(channels, channels[1:], strict=False))
         self.conv = Conv(channels[-1] + 1, channels[-1], 3, clamp=clamp)

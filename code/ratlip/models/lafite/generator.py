@@ -16,6 +16,8 @@ from ratlip.models.lafite.layers import (
     Linear,
     Style,
     activate,
+    channels_at,
+    clamped,
     modulated,
     sides_to,
     working_types,
@@ -61,7 +63,7 @@ class ToRGB(nn.Module):
         """x (B, in, h, h), w (B, 512), condition (B, E) -> (B, 3, h, h), of the weights' type."""
         style = self.style(w, condition) / math.sqrt(x.shape[1])
         x = F.conv2d(x * style[:, :, None, None].to(x.dtype), self.weight.to(x.dtype), self.bias.to(x.dtype))
-        return (x if self.clamp is None else x.clamp(-self.clamp, self.clamp)).to(self.weight.dtype)
+        return clamped(x, self.clamp).to(self.weight.dtype)
 
 
 class Block(nn.Module):
@@ -158,7 +160,7 @@ class Generator(nn.Module):
         self.noise_dim, self.condition_dim, self.noise_mode = noise_dim, condition_dim, noise_mode
         self.sizes = sides_to(imsize)
         self.mapping = Mapping(noise_dim, depth)
-        channels = [min(base // side, most) for side in self.sizes]
+        channels = channels_at(self.sizes, base, most)
         self.blocks = nn.ModuleList(
             Block(inputs, outputs, side, condition_dim, 1 if side > change else structure, clamp)
             for inputs, outputs, side in zip([0, *channels], channels, self.sizes, strict=False)

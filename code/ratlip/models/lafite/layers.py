@@ -28,10 +28,22 @@ def sides_to(resolution: int) -> list[int]:
     return [2**k for k in range(2, resolution.bit_length())]
 
 
+def channels_at(sides: list[int], base: int, most: int) -> list[int]:
+    """Channels of the maps at each side: base // side, no more than `most`."""
+    if base < max(sides):
+        raise UserError(f"model.imsize: {max(sides)} pixels leave no channels where there are {base} // side of them")
+    return [min(base // side, most) for side in sides]
+
+
 def activate(x: Tensor, clamp: float | None = None) -> Tensor:
     """LeakyReLU 0.2, in place, then clamped to +-clamp. The gain after it is in x already: it is larger than 0."""
     x = F.leaky_relu(x, 0.2, inplace=True)
-    return x if clamp is None else x.clamp(-clamp, clamp)
+    return clamped(x, clamp)
+
+
+def clamped(x: Tensor, limit: float | None) -> Tensor:
+    """x within +-limit. Not by torch.clamp, whose way back is four passes over the maps where one is enough."""
+    return x if limit is None else F.hardtanh(x, -limit, limit)
 
 
 class Linear(nn.Module):
@@ -56,6 +68,28 @@ class Linear(nn.Module):
         return activate(y) if self.active else y
 
 
+class Filtered(torch.autograd.Function):
+    """Maps (B, C, h, h), each channel filtered by the same kernel (1, 1, k, k): a convolution or a transposed one.
+
+    Written out because either is the other's way back, as often as one differentiates. PyTorch's second derivative of a
+    convolution in groups takes them one by one, and here every channel is a group.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, kernel: Tensor, stride: int, padding: int, transposed: bool) -> Tensor:
+        ctx.save_for_backward(kernel)
+        ctx.how = stride, padding, transposed
+        each = kernel.expand(x.shape[1], -1, -1, -1)
+        return (F.conv_transpose2d if transposed else F.conv2d)(
+            x, each, stride=stride, padding=padding, groups=x.shape[1]
+        )
+
+    @staticmethod
+    def backward(ctx, of_result: Tensor) -> tuple[Tensor | None, ...]:
+        (kernel,), (stride, padding, transposed) = ctx.saved_tensors, ctx.how
+        return Filtered.apply(of_result, kernel, stride, padding, not transposed), None, None, None, None
+
+
 class Filter(nn.Module):
     """The binomial filter (1, 3, 3, 1) x (1, 3, 3, 1) / 64 of each channel, with which maps are resized by two."""
 
@@ -66,22 +100,22 @@ class Filter(nn.Module):
 
     def double(self, x: Tensor) -> Tensor:
         """(B, C, h, h) -> (B, C, 2 h, 2 h): a zero after every pixel, filtered, times 4."""
-        return F.conv_transpose2d(x, self._each(x, 4), stride=2, padding=1, groups=x.shape[1])
+        return self._filtered(x, 4, 2, 1, True)
 
     def after_doubling(self, x: Tensor) -> Tensor:
         """What a transposed convolution left, (B, C, 2 h + 1, 2 h + 1) -> (B, C, 2 h, 2 h), times 4."""
-        return F.conv2d(x, self._each(x, 4), padding=1, groups=x.shape[1])
+        return self._filtered(x, 4, 1, 1)
 
     def before_halving(self, x: Tensor) -> Tensor:
         """(B, C, h, h) -> (B, C, h + 1, h + 1), for a 3x3 convolution of stride 2."""
-        return F.conv2d(x, self._each(x), padding=2, groups=x.shape[1])
+        return self._filtered(x, 1, 1, 2)
 
     def halve(self, x: Tensor) -> Tensor:
         """(B, C, h, h) -> (B, C, h / 2, h / 2)."""
-        return F.conv2d(x, self._each(x), padding=1, stride=2, groups=x.shape[1])
+        return self._filtered(x, 1, 2, 1)
 
-    def _each(self, x: Tensor, gain: float = 1.0) -> Tensor:
-        return (self.kernel * gain).to(x.dtype).expand(x.shape[1], -1, -1, -1)
+    def _filtered(self, x: Tensor, gain: int, stride: int, padding: int, transposed: bool = False) -> Tensor:
+        return Filtered.apply(x, (self.kernel * gain).to(x.dtype), stride, padding, transposed)
 
 
 class Conv(nn.Module):
