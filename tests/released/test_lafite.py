@@ -8,11 +8,12 @@ import clip.model
 import pytest
 import torch
 from data import fill
-from helpers import SALT, released_weights
+from helpers import SALT, fixture_input, released_weights
 from released_lafite import answers, as_module
 
 from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.errors import UserError
+from ratlip.metrics.frechet import Gaussian, Moments, frechet_distance
 from ratlip.released import lafite
 
 
@@ -104,6 +105,18 @@ def test_other_structures(structure, weights, some_clip):
     with torch.no_grad():
         one, other = (generator(torch.ones(1, 512), condition) for condition in torch.randn(2, 1, 512))
     assert torch.equal(one, other) == (structure == 3)  # which reads no condition
+
+
+def test_released_frechet_distance():
+    """Their covariance is divided by n, ours by n - 1."""
+    one, other = fixture_input("lafite.fida", 64, 8), 1.5 * fixture_input("lafite.fidb", 48, 8) + 0.3
+    gaussians = []
+    for features in (one, other):
+        moments = Moments(8)
+        moments.update(features)
+        gaussian = moments.gaussian()
+        gaussians.append(Gaussian(gaussian.mean, gaussian.covariance * (len(features) - 1) / len(features)))
+    assert frechet_distance(*gaussians) == pytest.approx(float(answers()["fid"]), rel=1e-9)
 
 
 def without(weights: dict, key: str) -> dict:

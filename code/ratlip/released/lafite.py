@@ -45,7 +45,7 @@ def is_pickle(path: str | Path) -> bool:
     """Whether a file begins as published LAFITE checkpoints do: as a plain pickle, of protocol 3 or 4."""
     try:
         with open(path, "rb") as file:
-            return file.read(2) in (b"\x80\x03", b"\x80\x04") and Path(path).suffix == ".pkl"
+            return file.read(2) in (b"\x80\x03", b"\x80\x04")
     except OSError:
         return False
 
