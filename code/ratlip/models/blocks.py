@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.utils.checkpoint import checkpoint
 
 from ratlip import distributed
@@ -61,8 +60,8 @@ class BatchNorm(nn.BatchNorm2d):
             samples: over all processes; None: B is the same on every process.
         """
         count = samples or len(means) * distributed.world_size()
-        mean = sum_over_processes(means.sum(0)) / count
-        variance = sum_over_processes((variances + (means - mean).square()).sum(0)) / count
+        mean = distributed.sum_with_gradient(means.sum(0)) / count
+        variance = distributed.sum_with_gradient((variances + (means - mean).square()).sum(0)) / count
         with torch.no_grad():
             count *= positions
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
@@ -77,11 +76,6 @@ class BatchNorm(nn.BatchNorm2d):
     def _scale_and_shift(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         scale = self.weight * (variance + self.eps).rsqrt()
         return scale, self.bias - mean * scale
-
-
-def sum_over_processes(x: Tensor) -> Tensor:
-    """The sum of every process's x, with the gradient through it."""
-    return x if distributed.world_size() == 1 else all_reduce(x)
 
 
 class Conv(nn.Module):
