@@ -77,9 +77,15 @@ def encode_captions_too(clip: FrozenClip, images: Tensor) -> Tensor:
     return feature_maps(clip, images)
 
 
-def separate_adam(parameters, lr: float, betas: tuple[float, float], fused: bool) -> torch.optim.Adam:
-    """PyTorch's default Adam."""
-    return torch.optim.Adam(parameters, lr, betas)
+class SeparateAdam(torch.optim.Adam):
+    """PyTorch's default Adam, which cannot leave out a step that is not finite: there is none in what is measured."""
+
+    def __init__(self, parameters, lr: float, betas: tuple[float, float], fused: bool):
+        super().__init__(parameters, lr, betas)
+
+    def step(self) -> None:
+        self.found_inf = None
+        super().step()
 
 
 # For each saving: where it makes a difference, and which attributes of which objects to replace by what. A new saving
@@ -122,7 +128,7 @@ SAVINGS = {
         (FrozenClip, "feature_maps", encode_captions_too),
         (FrozenClip, "drop_text_tower", lambda clip: None),
     ]),
-    "fused Adam": (("train",), [(trainer, "Adam", separate_adam)]),
+    "fused Adam": (("train",), [(trainer, "Adam", SeparateAdam)]),
 }  # fmt: skip
 
 

@@ -33,8 +33,8 @@ seconds to list folders of more and more pictures of one pixel, and to check the
 """
 
 
-def main() -> None:
-    """Read the command line, measure, print."""
+def parse(line: list[str]) -> argparse.Namespace:
+    """The words of a command line, checked."""
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__, epilog=EXAMPLE
     )
@@ -56,6 +56,8 @@ def main() -> None:
     parser.add_argument(
         "--savings", action="store_true", help="against ours without each of its savings in turn, not against plain"
     )
+    parser.add_argument("--brief", action="store_true", help="one line for each batch size")
+    parser.add_argument("--smoke", action="store_true", help="tiny networks: whether it runs, not how fast")
     parser.add_argument(
         "--pictures",
         type=at_least_one,
@@ -64,7 +66,8 @@ def main() -> None:
         help="data: in the folders listed",
     )
     parser.add_argument("--only", metavar="plain|ours|SAVING", help="peak memory of one, as JSON")
-    words = parser.parse_args()
+    words = parser.parse_args(line)
+    words.line = tuple(line)
     if words.savings and (words.what not in ("sample", "train") or words.compile):
         parser.error("--savings are those of sample and train, not compiled")
     if words.only and words.what == "data":
@@ -77,8 +80,19 @@ def main() -> None:
         torch.set_num_threads(words.threads)
     if words.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU here")
+    if words.smoke:
+        shrink()
     if words.only not in (None, "plain", "ours", *SAVINGS):
         parser.error(f"--only takes plain, ours or one of {', '.join(SAVINGS)}")
+    return words
+
+
+def main(line: list[str]) -> None:
+    """Measure what a command line asks for, and print."""
+    words = parse(line)
+    import torch
+    from savings import SAVINGS
+
     if words.only:
         print(json.dumps(alone(words)))
         return
@@ -87,10 +101,11 @@ def main() -> None:
     if words.savings:
         rivals = [name for name, (where_it_counts, _) in SAVINGS.items() if words.what in where_it_counts]
     other = "ours without what is named" if words.savings else f"plain in {words.plain_precision}"
-    print(f"{words.what}, {words.model}, {where}, PyTorch {torch.__version__}; "
-          f"{other}, ours in {words.precision}; medians of {words.rounds} rounds")  # fmt: skip
-    columns = ("seconds", "images/s", "CPU s", "peak GiB", "at start")
-    print(f"{'batch':>5}  {'':15}" + "".join(f"  {column:>8}" for column in columns))
+    if not words.brief:
+        print(f"{words.what}, {words.model}, {where}, PyTorch {torch.__version__}; "
+              f"{other}, ours in {words.precision}; medians of {words.rounds} rounds")  # fmt: skip
+        columns = ("seconds", "images/s", "CPU s", "peak GiB", "at start")
+        print(f"{'batch':>5}  {'':15}" + "".join(f"  {column:>8}" for column in columns))
     for batch in words.batch:
         for rival in rivals:
             compare(words, batch, rival)
@@ -114,18 +129,35 @@ def compare(words: argparse.Namespace, batch: int, rival: str) -> None:
     seconds, processor = alternate(calls, words.rounds, words.device)
     del calls
     count = 256 if words.what == "data" else batch
+    if words.brief:
+        print(in_brief(words, batch, seconds), end="", flush=True)
     memory = {}
     if not words.no_memory and words.what != "data":
-        memory = {name: alone_in_a_process(name, batch) for name in seconds}
+        memory = {name: alone_in_a_process(words.line, name, batch) for name in seconds}
+    saved = f", memory 1/{memory[rival]['peak'] / memory['ours']['peak']:.2f}" if memory else ""
+    if words.brief:
+        peaks = f" ({' and '.join(format(held['peak'], '.2f') for held in memory.values())} GiB)" if memory else ""
+        print(saved + peaks, flush=True)
+        return
     for name in seconds:
         median = statistics.median(seconds[name])
         peak = [f"{memory[name][key]:.2f}" if memory else "" for key in ("peak", "before")]
         print(f"{batch:>5}  {name:15}  {median:>8.3f}  {count / median:>8.2f}  "
               f"{statistics.median(processor[name]):>8.2f}  {peak[0]:>8}  {peak[1]:>8}")  # fmt: skip
     ratios = [ratio(values[rival], values["ours"]) for values in (seconds, processor)]
-    saved = f", memory 1/{memory[rival]['peak'] / memory['ours']['peak']:.2f}" if memory else ""
     text = f"{ratios[0]:.2f}x by the clock, {ratios[1]:.2f}x of processor time{saved}"
     print(f"{batch:>5}  {'ratio':15}  {text}", flush=True)
+
+
+def in_brief(words: argparse.Namespace, batch: int, seconds: dict[str, list[float]]) -> str:
+    """The times that `compare` found, without an end of the line."""
+    (rival, slow), (_, fast) = seconds.items()
+    other = f"{rival} ({words.plain_precision})" if rival == "plain" else f"without {rival}"
+    ours = f"ours ({words.precision}{', compiled' if words.compile else ''})"
+    medians = statistics.median(slow), statistics.median(fast)
+    return (
+        f"{words.what}, batch {batch}: {other} {medians[0]:.4f} s, {ours} {medians[1]:.4f} s: {ratio(slow, fast):.2f}x"
+    )
 
 
 def ratio(slower: list[float], faster: list[float]) -> float:
@@ -197,9 +229,9 @@ def resident(what: str) -> int:
 
 
 @functools.cache
-def alone_in_a_process(name: str, batch: int) -> dict[str, float]:
+def alone_in_a_process(line: tuple[str, ...], name: str, batch: int) -> dict[str, float]:
     """`alone`, of the same command line and one batch size."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--only", name, "--batch", str(batch)]
+    command = [sys.executable, __file__, *line, "--only", name, "--batch", str(batch)]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -217,7 +249,8 @@ def work(words: argparse.Namespace, batch: int, name: str) -> Callable[[], objec
     torch.manual_seed(0)
     model = random_clip()
     net_g, net_d, net_c = random_networks(model, words.model == "ratlip")
-    noise, sentences = torch.randn(batch, 100, device=device), torch.randn(batch, 512, device=device)
+    noise = torch.randn(batch, 100, device=device)
+    sentences = torch.randn(batch, model.text_projection.shape[1], device=device)
     images = torch.rand(batch, 3, 224, 224, device=device) * 2 - 1
     if name == "plain":
         return plain_work(words, model.to(device), *(n.to(device) for n in (net_g, net_d, net_c)),
@@ -234,11 +267,23 @@ def work(words: argparse.Namespace, batch: int, name: str) -> Callable[[], objec
 
 
 def random_clip():
-    """A CLIP of ViT-B/32's shapes, in float32, frozen."""
+    """A CLIP of ViT-B/32's shapes, or of what `shrink` left of them, in float32, frozen."""
+    import plain
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # clip imports pkg_resources, which warns of its end
         import clip.model
-    return clip.model.CLIP(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12).float().eval().requires_grad_(False)
+    patch, width, dim = 32 * plain.WIDTH // 768, plain.WIDTH, plain.SENTENCE_DIM
+    model = clip.model.CLIP(dim, 7 * patch, 12, width, patch, 77, 49408, dim, 8, 12)
+    return model.float().eval().requires_grad_(False)
+
+
+def shrink() -> None:
+    """Make the plain networks, and with them ours, a quarter as wide; the maps keep their sizes."""
+    import plain
+
+    plain.CHANNELS = (128, 128, 128, 128, 64, 32, 16)
+    plain.WIDTH, plain.SENTENCE_DIM, plain.CONDITION_DIM = 192, 64, 164
 
 
 def random_networks(clip, ratlip: bool):
@@ -294,26 +339,31 @@ def plain_work(words, clip, net_g, net_d, net_c, autocast, noise, sentences, ima
     return lambda: trainer.step(images, tokens, noise)
 
 
-def data_calls() -> dict[str, Callable[[], object]]:
-    """256 training images in one process: decoded from JPEG and resized (plain), and from the resized copies (ours)."""
+def pictures(root: Path, count: int = 288) -> None:
+    """A data set in the folder layout below `root`: JPEGs of 500 x 375 with a caption each; a tenth is for testing."""
     import numpy as np
     from PIL import Image
 
+    rng = np.random.default_rng(0)
+    for kind in ("images", "text"):
+        (root / kind).mkdir()
+    for number in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
+        levels = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)) + rng.integers(-6, 7, (375, 500, 3))
+        Image.fromarray(levels.clip(0, 255).astype(np.uint8)).save(root / f"images/{number}.jpg", quality=90)
+        (root / f"text/{number}.txt").write_text(f"picture number {number}\n")
+
+
+def data_calls() -> dict[str, Callable[[], object]]:
+    """256 training images in one process: decoded from JPEG and resized (plain), and from the resized copies (ours)."""
     from ratlip import config
     from ratlip.data.inventory import usable_items, write_copies
     from ratlip.data.loader import Draw, TrainingImages
 
     folder = tempfile.TemporaryDirectory()
     root = Path(folder.name)
-    rng = np.random.default_rng(0)
-    for kind in ("images", "text"):
-        (root / kind).mkdir()
-    for number in range(288):  # a tenth is held out
-        coarse = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
-        levels = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)) + rng.integers(-6, 7, (375, 500, 3))
-        Image.fromarray(levels.clip(0, 255).astype(np.uint8)).save(root / f"images/{number}.jpg", quality=90)
-        (root / f"text/{number}.txt").write_text(f"picture number {number}\n")
-    settings = config.EasyDict({**config.unflatten(config.default_settings()), "name": "speed"})
+    pictures(root)
+    settings = config.EasyDict({**config.unflatten(config.default_settings()), "name": "speed", "file": "speed.yml"})
     settings.data.update(dir=str(root), num_workers=1)
     made = {}
     for name in ("plain", "ours"):
@@ -359,4 +409,4 @@ def listing(count: int) -> list[tuple[float, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -4,10 +4,14 @@ import argparse
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ratlip import commandline, errors
 from ratlip.errors import UserError
 from ratlip.paths import typed
+
+if TYPE_CHECKING:  # not when it runs: -h needs no package
+    from easydict import EasyDict
 
 
 def main() -> None:
@@ -59,9 +63,12 @@ def main() -> None:
         raise UserError("no caption given; add one in quotes after the configuration, or --captions FILE")
     if len(captions) > 2 and not any(" " in caption.strip() for caption in captions):
         print(f"{len(captions)} captions of one word each; a caption of several words stands in quotes")
-    resolved = config.load(arguments.config, overrides)
+    sys.exit(sample(config.load(arguments.config, overrides), arguments, captions))
 
-    from ratlip import device, drawing
+
+def sample(resolved: "EasyDict", arguments: argparse.Namespace, captions: list[str]) -> int:
+    """Draw `captions`, or those of the file that the options name, save them and say where; gives the exit code."""
+    from ratlip import device, drawing  # takes seconds, like all below: mistakes above are told at once
     from ratlip.sampling import compiled, find_checkpoint, load_generator, own_precision
 
     if arguments.captions:
@@ -83,12 +90,13 @@ def main() -> None:
     cause = drawing.draw_into(folder, order, generator, clip, precision, resolved.eval.batch_size)
     if cause:
         print(f"stopped by {cause}: {drawing.done(folder, order)}; the same command draws the others", file=sys.stderr)
-        sys.exit(128 + signal.Signals[cause])
+        return 128 + signal.Signals[cause]
     print(f"{drawing.done(folder, order)}, each with its caption beside it")
     if order.pictures <= drawing.OVERVIEW:
         print(f"overview: {drawing.write_overview(folder, order)}")
     else:
         print(f"no overview: nobody looks at more than {drawing.OVERVIEW} pictures in one")
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 training step."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,6 +181,22 @@ def test_peak_memory_of_ours_without_a_saving():
     assert result.returncode == 0, result.stderr
     memory = json.loads(result.stdout)
     assert 0.5 < memory["before"] < memory["peak"] < 8  # GiB: CLIP alone has 0.56
+
+
+def test_what_a_gpu_would_show_runs_on_a_cpu():
+    """Every part of gpu.sh: a line of it, and none that says that it failed."""
+    command = ["bash", "benchmarks/gpu.sh", "--smoke"]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = [line.split(":")[0] for line in result.stdout.splitlines()]
+    speed = ["train, batch 1", "train, batch 1", "sample, batch 1", "sample, batch 2", "eval, batch 1"]
+    assert found == ["tests", "waits", *speed, "reading", "demo", "largest"], result.stdout
+
+
+def test_no_such_part():
+    result = subprocess.run(["bash", "benchmarks/gpu.sh", "stepp"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and "no part stepp; there are tests waits step compiled" in result.stderr
 
 
 def test_the_command_measures_both():

@@ -223,10 +223,10 @@ def test_a_step_that_fails_saves_nothing(call, words, undisturbed, tmp_path, mon
     """Out of memory when the generator has moved, and its average has not."""
     real = trainer.update_ema
 
-    def fail(ema, generator, decay, step):
+    def fail(ema, generator, decay, step, guard):
         if step == 5:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        real(ema, generator, decay, step)
+        real(ema, generator, decay, step, guard)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "update_ema", fail)

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from ratlip import distributed
+from ratlip.guard import Guard
 from ratlip.models.blocks import BatchNorm
 from ratlip.models.moments import moments
 
@@ -40,7 +41,13 @@ network = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 4), nn.Linear(4, 1))
 network[1].requires_grad_(False)
 for number, parameter in enumerate(p for p in network.parameters() if p.requires_grad):
     parameter.grad = torch.arange(float(parameter.numel())).view_as(parameter) * (rank + 1) + 100 * number
-distributed.mean_gradients(network)
+guard = Guard([], [], torch.device("cpu"))
+guard.begin()
+guard.watch(torch.tensor(float("nan" if rank else 1)))  # of one of them alone
+distributed.mean_gradients(network, guard.bad)
+guard.watch(torch.tensor(1.0))
+guard.end()
+found["bad"] = int(guard.bad_steps)
 found["gradients"] = [p.grad if p.grad is None else p.grad.tolist() for p in network.parameters()]
 
 # BatchNorm: a half of the batch each.
@@ -111,6 +118,10 @@ def test_mean_gradients(two):
     ]
     for found in two[0]:
         assert found["gradients"] == expected
+
+
+def test_a_number_of_one_that_is_not_finite_makes_the_step_bad_on_both(two):
+    assert [found["bad"] for found in two[0]] == [1, 1]
 
 
 def test_batch_norm_takes_its_statistics_over_both(two):
@@ -219,6 +230,38 @@ def test_two_processes_have_the_gradients_of_one_with_batch_norm(words, tmp_path
     for key, value in one["generator"].items():
         if "running" in key:
             assert torch.allclose(two["generator"][key], value, rtol=1e-4, atol=1e-6), key
+
+
+POISONED = """
+import sys
+import torch
+from ratlip import config, distributed
+from ratlip.data.loader import to_floats
+from ratlip.trainer import prepare, train_step
+
+training, batches, loader, _ = prepare(config.load(sys.argv[1], sys.argv[2:]))
+training.generator.train()
+networks = training.generator, training.discriminator, training.ema
+for number, batch in enumerate(loader):
+    before = [value.clone() for network in networks for value in network.state_dict().values()]
+    if number == 1 and distributed.rank() == 1:
+        batch = batch._replace(images=to_floats(batch.images))
+        batch.images[0, 0, 5, 5] = torch.nan
+    train_step(training, batch)
+    after = [value for network in networks for value in network.state_dict().values()]
+    assert all(map(torch.equal, before, after)) == (number == 1)
+    assert (training.bad_steps, training.bad_in_a_row) == (min(number, 1), number == 1)
+distributed.stop()
+"""
+
+
+def test_a_step_that_is_bad_in_one_process_changes_nothing_in_either(words, tmp_path):
+    (tmp_path / "script.py").write_text(POISONED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "code"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [*command, tmp_path / "script.py", *words(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
 
 
 def test_two_processes_stop_together_and_resume(words, tmp_path):

@@ -44,7 +44,7 @@ TRIED = {
     ),
     "a memory that is too small": ("train.py cfg/demo.yml {small} " + TOO_LARGE, "memory is full", "train.batch_size"),
     "more in a batch than there is": ("train.py cfg/demo.yml {small} train.batch_size=13", "12 training images"),
-    "a folder that cannot be written": ("train.py cfg/demo.yml {small} log.dir=LICENSE/logs", "LICENSE/logs"),
+    "a folder that cannot be written": ("train.py cfg/demo.yml {small} log.save_dir=LICENSE/saved", "LICENSE/saved"),
     "sampling before training": (f"sample.py cfg/coco.yml|{CAPTION}", "bash scripts/train.sh cfg/coco.yml"),
     "sampling from nothing": (f"sample.py cfg/demo.yml|{CAPTION}|--checkpoint best.pth", f"{ROOT}/best.pth"),
     "sampling without a caption": ("sample.py cfg/demo.yml train.seed=1", "no caption given", "in quotes"),

@@ -367,12 +367,16 @@ def test_a_lease_is_renewed_and_its_loss_is_noticed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("when", ["train_step", "Evaluator.__call__", "sample_grid"])
 def test_a_run_that_was_taken_over_writes_nothing_more(write, train, call, monkeypatch, tmp_path, when):
     """As after a laptop's sleep in the midst of a step, an evaluation or a grid."""
-    from ratlip import trainer
+    from ratlip import course, trainer
 
     cfg = write("x.yml")
     _, folder = train(cfg, "train.max_epoch=1")
     logs = tmp_path / "logs/x" / folder.name
-    owner, name = (trainer.Evaluator, "__call__") if "." in when else (trainer, when)
+    owner, name = {
+        "train_step": (trainer, when),
+        "Evaluator.__call__": (trainer.Evaluator, "__call__"),
+        "sample_grid": (course, when),
+    }[when]
     original, seen = getattr(owner, name), {}
 
     def sleep(*arguments, **named):

@@ -11,6 +11,7 @@ from helpers import TINY_RUN, assert_refused, run, watch_gradients
 from PIL import Image
 
 from ratlip import checkpoint, config
+from ratlip.course import LOOK_EVERY
 from ratlip.data.loader import Batch, Draw, to_floats
 from ratlip.models import blocks
 from ratlip.trainer import prepare, train_step
@@ -159,11 +160,13 @@ def test_a_batch_that_is_not_finite_changes_nothing(make):
     training, batches, loader = make("train.max_bad_steps=3")
     first, second, third = list(loader)
     train_step(training, first)
+    adam = [state for o in (training.optimizer_g, training.optimizer_d) for state in o.state.values()]
     before = copy.deepcopy([net.state_dict() for net in (training.generator, training.discriminator, training.ema)])
+    before += copy.deepcopy(adam)
     poisoned = second._replace(images=to_floats(second.images))
     poisoned.images[0, 0, 5, 5] = torch.nan
     values = train_step(training, poisoned)
-    after = [net.state_dict() for net in (training.generator, training.discriminator, training.ema)]
+    after = [net.state_dict() for net in (training.generator, training.discriminator, training.ema)] + adam
     assert all(torch.equal(b[key], a[key]) for b, a in zip(before, after, strict=True) for key in b)
     assert int(values["bad_steps"]) == training.bad_steps == training.bad_in_a_row == 1 and training.step == 2
     values = train_step(training, third)
@@ -182,6 +185,31 @@ def test_generator_that_is_not_finite_leaves_averages_alone(make):
     assert training.bad_steps == 1
     assert all(torch.equal(value, before[key]) for key, value in training.ema.state_dict().items())
     assert all(torch.equal(a, b) for a, b in zip(buffers, training.generator.buffers(), strict=True))
+
+
+def test_discriminator_keeps_its_step_where_only_the_generator_is_not_finite(make):
+    found = []
+    for weight in (4.0, torch.nan):  # of the similarity, which enters the generator's loss alone
+        training, _, loader = make()
+        training.settings.sim_w = weight
+        start = {key: value.clone() for key, value in training.generator.state_dict().items()}
+        values = train_step(training, next(iter(loader)))
+        found.append([*training.discriminator.state_dict().values(), values["gradient_norm/d"]])
+    assert all(torch.equal(good, bad) for good, bad in zip(*found, strict=True))
+    assert training.bad_steps == 1 and torch.isnan(values["gradient_norm/g"])
+    for network in (training.generator, training.ema):
+        assert all(torch.equal(value, start[key]) for key, value in network.state_dict().items())
+    assert {float(state["step"]) for state in training.optimizer_g.state.values()} == {0.0}
+    assert {float(state["step"]) for state in training.optimizer_d.state.values()} == {1.0}
+
+
+def test_divergence_is_seen_at_the_next_look(demo_folder, clip_file, tmp_path, call, monkeypatch):
+    """On a GPU, where the count is not read in every step: here at the end of each epoch, of three steps."""
+    monkeypatch.setitem(LOOK_EVERY, "cpu", 10)
+    few = ("data.layout=folder", f"data.dir={demo_folder}", "model.imsize=16", "eval.metrics=[clip_score]")
+    endless = ("train.lr_d=1e30", "train.max_bad_steps=1", "log.save_interval=9", "train.max_epoch=9")
+    result = call("train.py", "cfg/demo.yml", *words(tmp_path, clip_file, *few, *endless))
+    assert_refused(result, "training diverged: 3 steps in a row (to step 3)")
 
 
 def test_divergence_ends_the_run_and_names_the_last_good_checkpoint(demo_folder, clip_file, tmp_path):

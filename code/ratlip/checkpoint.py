@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ratlip import distributed
 from ratlip.errors import UserError, first_line
@@ -50,10 +49,7 @@ def read(path: str | Path, mmap: bool = False) -> dict:
         raise UserError(f"no checkpoint {full(path)}")
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                content = OrderedDict((key, file.get_tensor(key)) for key in file.keys())
-                content._metadata = {"": file.metadata() or {}}
-            return content
+            return _read_safetensors(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         asked = next((line for line in str(error).splitlines() if "GLOBAL" in line), None)
@@ -62,10 +58,22 @@ def read(path: str | Path, mmap: bool = False) -> dict:
         raise UserError(f"{path} holds more than tensors and plain values; refused unread. {asked}".strip()) from None
     except (EOFError, ValueError, KeyError):  # torch's reader of old files met bytes of something else
         raise UserError(f"{path} is no checkpoint, or is cut short") from None
-    except (RuntimeError, OSError, SafetensorError) as error:
+    except (RuntimeError, OSError) as error:
         raise UserError(f"{path} is no checkpoint, or is cut short ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def _read_safetensors(path: Path) -> OrderedDict:
+    from safetensors import SafetensorError, safe_open  # not needed by programs that meet no such file
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            content = OrderedDict((key, file.get_tensor(key)) for key in file.keys())
+            content._metadata = {"": file.metadata() or {}}
+    except SafetensorError as error:
+        raise RuntimeError(str(error)) from None
     return content
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ratlip import checkpoint, distributed, errors
+from ratlip import device as devices
 from ratlip.data.loader import Batch, EpochBatches, TestImages, to_floats
 from ratlip.errors import UserError
 from ratlip.evaluation import Evaluator
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ratlip.trainer import Training
 
 GRID = (8, 2)  # captions and noises of the sample grids
+LOOK_EVERY = {"cpu": 1, "cuda": 10}  # steps between looks at the count of bad ones, which a GPU has to be waited for
 
 
 @dataclass
@@ -66,7 +68,7 @@ class Course:
         t.generator.train()
         for batch in self.stop.arriving(self.loader):
             batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
-            distributed.meet(device)
+            distributed.meet()
             t.in_step = True
             values = self.step(batch)
             t.in_step = False
@@ -74,11 +76,12 @@ class Course:
                 t.run.confirm()
             self.monitor.step(values, t.step)
             self.trace.step()
-            if t.bad_in_a_row >= self.config.train.max_bad_steps:
+            look = t.step % LOOK_EVERY[device.type] == 0 or t.step % len(self.batches) == 0
+            if look and int(t.guard.longest_row) >= self.config.train.max_bad_steps:
                 raise Diverged(t, self.folder)
             if self.stop.asked():
                 raise Stopped(self.stop.cause)
-        distributed.meet(device)
+        distributed.meet()
 
     def finish_epoch(self) -> None:
         """At the stated intervals, and after the last: samples, scores, a checkpoint.
@@ -150,7 +153,7 @@ class Course:
         alone = distributed.world_size() == 1
         try:
             if own is not None:
-                distributed.any_process(True, self.t.sentences.device)  # the others learn of it where they meet next
+                distributed.any_process(True)  # the others learn of it where they meet next
             causes = distributed.gather(
                 own and (isinstance(own, Exception), errors.line(own) or errors.first_line(own))
             )
@@ -195,9 +198,9 @@ class Diverged(UserError):
     """Nothing finite comes any more: there is nothing that is worth saving."""
 
     def __init__(self, t: "Training", folder: Path):
-        good = checkpoint.newest_first(folder, t.run.id)
+        good, row = checkpoint.newest_first(folder, t.run.id), int(t.guard.longest_row)
         super().__init__(
-            f"training diverged: {t.bad_in_a_row} steps in a row (to step {t.step}) had a loss or gradient that is not "
+            f"training diverged: {row} steps in a row (to step {t.step}) had a loss or gradient that is not "
             f"finite; the last good checkpoint is {good[0] if good else 'not yet written'}. Lower train.lr_g and "
             f"train.lr_d, set train.clip_grad or train.precision=fp32, then resume"
         )
@@ -210,18 +213,20 @@ def sample_grid(t: "Training", evaluator: Evaluator) -> Image.Image:
     numbers = np.random.default_rng(0).choice(len(evaluator.items), columns, replace=False).tolist()
     rows = evaluator.table.starts[numbers]  # each image's first caption
     test_images = TestImages(evaluator.items, t.generator.sizes[-1])
-    blocks, titles = [to_floats(torch.stack([test_images[number][0] for number in numbers]))], ["real"]
+    real, blocks = to_floats(torch.stack([test_images[number][0] for number in numbers])), []
+    titles, device = ["real"], t.sentences.device
+    sentences = evaluator.sentences[devices.send(torch.from_numpy(rows), device)]
     for name, generator in (("averaged", t.ema), ("present", t.generator)):
         if generator is None:
             continue
         training = generator.training
         for number in noises:
-            noise = seeded_noise(0, [number] * columns, generator.noise_dim).to(t.sentences.device)
-            blocks.append(generate(generator.eval(), noise, evaluator.sentences[rows], t.precision).cpu())
+            noise = devices.send(seeded_noise(0, [number] * columns, generator.noise_dim), device)
+            blocks.append(generate(generator.eval(), noise, sentences, t.precision))
             titles.append(f"{name}, noise {number}")
         generator.train(training)
     texts = [""] * columns * (len(titles) - 1) + [evaluator.table.texts[row] for row in rows]
-    return captioned_grid(torch.cat(blocks), texts, columns, titles)
+    return captioned_grid(torch.cat([real, *(block.cpu() for block in blocks)]), texts, columns, titles)
 
 
 def draw_course(t: "Training", monitor: Monitor) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 from ratlip.errors import UserError
 
@@ -36,6 +37,14 @@ def choose_precision(name: str, device: torch.device) -> str:
 def has_bf16_routines() -> bool:
     """Whether PyTorch has anything but its slow general loops for bfloat16 on this CPU."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor that was made on the CPU, on `device`. A GPU fetches it by itself, from pinned memory, when it comes to
+    it; the host does not wait until all has been done that was asked of the GPU before."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:

@@ -26,7 +26,8 @@ def start() -> int:
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank)
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        # Between GPUs nccl; gloo for what the hosts tell each other, which then wait for no GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     return local_rank
 
 
@@ -95,11 +96,11 @@ def sum_over_processes(tensors: Iterable[Tensor], device: torch.device) -> None:
         tensor.copy_(moved)
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on at least one process. `device`: where the backend can reduce."""
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set on at least one process. The hosts ask each other, and no GPU."""
     if world_size() == 1:
         return flag
-    box = torch.tensor(float(flag), device=device)
+    box = torch.tensor(float(flag))
     dist.all_reduce(box)
     return bool(box > 0)
 
@@ -108,13 +109,13 @@ class Elsewhere(Exception):
     """Another process has failed, or was asked to stop."""
 
 
-def meet(device: torch.device) -> None:
+def meet() -> None:
     """Before work in which processes wait for each other. One that cannot go on comes with `any_process(True)`.
 
     Raises:
         Elsewhere: one of the others did.
     """
-    if any_process(False, device):
+    if any_process(False):
         raise Elsewhere
 
 
@@ -126,16 +127,16 @@ def gather(thing: Any) -> list[Any]:
     return things
 
 
-def mean_gradients(network: nn.Module) -> None:
-    """Replace each gradient by its mean over all processes, in one message."""
+def mean_gradients(network: nn.Module, *numbers: Tensor) -> None:
+    """Replace each gradient, and each of `numbers`, by its mean over all processes, in one message."""
     if world_size() == 1:
         return
-    gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
+    tensors = [p.grad for p in network.parameters() if p.grad is not None] + list(numbers)
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
     flat /= world_size()
-    for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(piece.view_as(gradient))
+    for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(piece.view_as(tensor))
 
 
 @contextmanager

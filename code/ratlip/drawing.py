@@ -185,7 +185,8 @@ def draw_into(
 def done(folder: Path, order: Order) -> str:
     """How many pictures of an order there are, in words."""
     count = order.pictures - len(_missing(folder, order))
-    share = f"{count:,} pictures" if count == order.pictures else f"{count:,} of {order.pictures:,} pictures"
+    whole = f"{order.pictures:,} picture{'s' if order.pictures > 1 else ''}"
+    share = whole if count == order.pictures else f"{count:,} of {whole}"
     return f"{share} in {folder}"
 
 

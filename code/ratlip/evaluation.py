@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from easydict import EasyDict
 from tqdm import tqdm
 
+from ratlip import device as devices
 from ratlip import distributed
 from ratlip.clip_towers import FrozenClip
 from ratlip.data import captions
@@ -26,7 +28,7 @@ from ratlip.metrics.reference import Reference
 from ratlip.models.generator import Generator
 from ratlip.paths import full
 from ratlip.sampling import generate, seeded_noise
-from ratlip.text import read_captions
+from ratlip.text import existing, read_captions
 
 MISSING = "missing"  # of a file of statistics
 NOISE_SEED = 0  # sample i is the same image in every evaluation of the same weights
@@ -98,7 +100,7 @@ class Scorer:
                         metric.update(scored)
                 bar.update(len(scored.images) * distributed.world_size())
 
-        distributed.meet(self.device)
+        distributed.meet()
         scores = {}
         with stages("statistics"):
             for metric in metrics:
@@ -208,10 +210,10 @@ class Evaluator:
         numbers = range(distributed.rank(), self.samples, distributed.world_size())
         for batch in (numbers[i : i + self.batch_size] for i in range(0, len(numbers), self.batch_size)):
             rows = [self._row(number) for number in batch]
-            sentences = self.sentences[rows]
-            noise = seeded_noise(NOISE_SEED, batch, generator.noise_dim).to(sentences.device)
+            noise = devices.send(seeded_noise(NOISE_SEED, batch, generator.noise_dim), self.sentences.device)
+            sentences = self.sentences[devices.send(torch.from_numpy(np.array(rows)), self.sentences.device)]
             images = generate(generator, padded(noise), padded(sentences), self.precision)[: len(batch)]
-            yield Scored(torch.tensor(batch), images, [self.table.texts[row] for row in rows], sentences)
+            yield Scored(torch.from_numpy(np.array(batch)), images, [self.table.texts[row] for row in rows], sentences)
 
     def _row(self, number: int) -> int:
         """Caption row of sample `number`."""
@@ -222,7 +224,7 @@ class Evaluator:
 
 def _caption_of(picture: Path) -> str:
     """The first caption in the text file beside a picture."""
-    path = picture.with_suffix(".txt")
+    path = existing(picture.with_suffix(".txt"))
     try:
         found = read_captions(path.read_bytes())
     except FileNotFoundError:
@@ -262,30 +264,44 @@ def score_folder(scorer: Scorer, folder: Path) -> tuple[dict[str, float], dict[s
     def batches() -> Iterator[Scored]:
         loading = (scorer.config.eval.batch_size, scorer.config.data.num_workers, scorer.device)
         for images, numbers in picture_batches(Pictures(paths), *loading):
-            captioned = ([texts[n] for n in numbers], sentences[numbers]) if texts else (None, None)
+            captioned = (None, None)
+            if texts:
+                captioned = [texts[n] for n in numbers], sentences[devices.send(numbers, scorer.device)]
             yield Scored(numbers, images, *captioned)
 
     return scorer(batches(), len(paths), texts is not None), scorer.protocols(len(paths), texts is not None)
 
 
 class Stages:
-    """Seconds spent in each stage, waiting for what the device still has to do."""
+    """Seconds spent in each stage, those of what a GPU then still has to do included: there the GPU notes the times as
+    it comes by, and is waited for only when they are asked for."""
 
     def __init__(self, device: torch.device):
-        self.device, self.started = device, time.time()
-        self.spent = dict.fromkeys(("generate", "features", "statistics", "distance"), 0.0)
+        self.on_gpu, self.started = device.type == "cuda", time.time()
+        self.spans: dict[str, list] = {name: [] for name in ("generate", "features", "statistics", "distance")}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        started = time.time()
+        started = self._now()
         yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.spent[stage] += time.time() - started
+        self.spans[stage].append((started, self._now()))
 
     def seconds(self) -> dict[str, float]:
         """{"seconds": since the beginning, "seconds/<stage>": ...}."""
-        return {"seconds": time.time() - self.started, **{f"seconds/{name}": t for name, t in self.spent.items()}}
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        spent = {
+            f"seconds/{name}": sum(a.elapsed_time(b) / 1000 if self.on_gpu else b - a for a, b in spans)
+            for name, spans in self.spans.items()
+        }
+        return {"seconds": time.time() - self.started, **spent}
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self.on_gpu:
+            return time.time()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def _kinds(names: Sequence[str]) -> list[type]:

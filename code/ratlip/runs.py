@@ -177,7 +177,7 @@ def begin(config: EasyDict, words: list[str], name: str | None, origin: dict | N
     """
     save, logs = Path(config.log.save_dir) / config.name, Path(config.log.dir) / config.name
     save.mkdir(parents=True, exist_ok=True)
-    with output.optional(logs):
+    with suppress(OSError):  # logs that cannot be written end no run; `_logs` says so
         logs.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime(TIME)
     for chosen in [name] if name else (stamp if n == 1 else f"{stamp}_{n}" for n in range(1, 10_000)):
@@ -243,7 +243,7 @@ def _claim(save: Path, logs: Path, again: bool) -> bool:
         save.rmdir()
         return False
     except OSError:
-        return True  # no logs, then: `_logs` says so
+        return True
     return True
 
 

@@ -50,10 +50,9 @@ def interpolate(start: Tensor, end: Tensor, count: int) -> Tensor:
     lengths = start.norm().lerp(end.norm(), shares)  # (count, 1)
     first, last = F.normalize(start, dim=0), F.normalize(end, dim=0)
     angle = torch.atan2((last - first).norm(), (last + first).norm()) * 2
-    if angle.sin() < 1e-4:  # the same direction, or opposite ones, between which there is no one great circle
-        return start.lerp(end, shares)
     directions = ((1 - shares) * angle).sin() * first + (shares * angle).sin() * last
-    return directions / angle.sin() * lengths
+    # The same direction, or opposite ones: between these there is no one great circle.
+    return torch.where(angle.sin() < 1e-4, start.lerp(end, shares), directions / angle.sin() * lengths)
 
 
 @torch.no_grad()

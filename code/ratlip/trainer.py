@@ -24,6 +24,7 @@ from ratlip.data import captions
 from ratlip.data.inventory import cache_folder, usable_items
 from ratlip.data.loader import Batch, Draw, EpochBatches, TrainingImages, shard_numbers, to_floats, training_loader
 from ratlip.evaluation import Evaluator, Scorer, scores_table
+from ratlip.guard import Guard
 from ratlip.models.discriminator import Discriminator
 from ratlip.models.generator import Generator
 from ratlip.monitor import Monitor
@@ -48,13 +49,12 @@ class Training:
     optimizer_g: Adam = field(init=False)
     optimizer_d: Adam = field(init=False)
     scaler: GradScaler = field(init=False)  # of the losses, in fp16 only
+    guard: Guard = field(init=False)  # against steps that are not finite; counts them
     draw: Callable = field(init=False)  # what a step calls of the generator and of CLIP, compiled or not
     see: Callable = field(init=False)
     feature_maps: Callable = field(init=False)
     step: int = 0
     epoch: int = 0  # finished epochs
-    bad_steps: int = 0  # steps left out because something was not finite
-    bad_in_a_row: int = 0
     measured: str = ""  # by which `precision` and the form of CLIP's products were chosen
     run: runs.Run | None = None  # that its checkpoints belong to
     in_step: bool = False  # then the networks are none that a checkpoint may hold
@@ -64,6 +64,7 @@ class Training:
         self.optimizer_g = Adam(self.generator.parameters(), s.lr_g, betas, fused=True)
         self.optimizer_d = Adam(self.discriminator.parameters(), s.lr_d, betas, fused=True)
         place = self.sentences.device.type
+        self.guard = Guard([self.generator], [self.optimizer_d, self.optimizer_g], self.sentences.device)
         self.scaler = GradScaler(place, enabled=self.precision == "fp16")
         # Not the discriminator, which MA-GP differentiates twice; torch.compile cannot.
         self.draw, self.see, self.feature_maps = self.generator, self.clip.image, self.clip.feature_maps
@@ -73,13 +74,24 @@ class Training:
                 devices.compiled(function, mode=mode) for function in (self.draw, self.see, self.feature_maps)
             )
 
+    @property
+    def bad_steps(self) -> int:
+        """Steps left out so far because something was not finite; waits for the device."""
+        return int(self.guard.bad_steps)
+
+    @property
+    def bad_in_a_row(self) -> int:
+        """Those among the last steps, without one that was not left out; waits for the device."""
+        return int(self.guard.bad_in_a_row)
+
 
 def train_step(t: Training, batch: Batch) -> dict[str, Tensor]:
     """One update of the discriminator, then one of the generator (GALIP, arXiv 2301.12959).
 
     The images that the discriminator learns from are the ones the generator then learns from: they are drawn,
     and seen by CLIP, once. Where a loss or a gradient is not finite nothing is updated from there on: after a bad
-    discriminator neither network, its BatchNorm averages and the averaged generator included.
+    discriminator neither network, its BatchNorm averages and the averaged generator included. All of the step is
+    computed even so: whether it is bad is known on the device alone, which nothing here waits for.
 
     Returns:
         loss terms, gradient norms and learning rates, by TensorBoard tag; not yet read from the device.
@@ -91,7 +103,7 @@ def train_step(t: Training, batch: Batch) -> dict[str, Tensor]:
     sentences = t.sentences[batch.rows].requires_grad_()  # (B, E); MA-GP differentiates with respect to them
     noise, real_draws, fake_draws = randomness(t, len(images))
     set_learning_rates(t)
-    batch_norm = [buffer.clone() for buffer in generator.buffers()]
+    t.guard.begin()
 
     with devices.autocast(noise.device, t.precision):
         # What CLIP sees. No graph goes through it for real images: MA-GP starts at its feature maps.
@@ -109,39 +121,30 @@ def train_step(t: Training, batch: Batch) -> dict[str, Tensor]:
         fake_features = discriminator.features(fake_maps.detach())
         d_fake = losses.hinge_fake(discriminator.logits(fake_features, sentences.detach()))
         d_mismatched = losses.hinge_fake(mismatched_logits)
-        penalty = losses.matching_aware_gradient_penalty(real_logits, (real_maps, sentences), scaler.get_scale())
+        scale = scaler.scale(torch.ones((), device=noise.device))  # as a tensor; scaler.get_scale() would read it
+        penalty = losses.matching_aware_gradient_penalty(real_logits, (real_maps, sentences), scale)
         loss_d = d_real + (d_fake + d_mismatched) / 2 + penalty
         similarity = losses.clip_similarity(fake_embeddings, sentences.detach())
     scaler.scale(loss_d).backward()
-    d_norm = finish_gradients(t, discriminator, t.optimizer_d)
-    good = finite(loss_d, similarity, d_norm)
-    g_adversarial = g_norm = torch.full_like(d_norm, torch.nan)
-    if good:
-        scaler.step(t.optimizer_d)
+    d_norm = finish_gradients(t, discriminator, t.optimizer_d, loss_d, similarity)
+    t.optimizer_d.step()
     t.optimizer_d.zero_grad()  # at once, for the memory
 
     # Generator
-    if good:
-        discriminator.requires_grad_(False)
-        with devices.autocast(noise.device, t.precision):
-            g_adversarial = -discriminator.logits(discriminator.features(fake_maps), sentences.detach()).mean()
-        scaler.scale(g_adversarial - t.settings.sim_w * similarity).backward()
-        discriminator.requires_grad_(True)
-        g_norm = finish_gradients(t, generator, t.optimizer_g)
-        good = finite(g_adversarial, g_norm)
-    if good:
-        scaler.step(t.optimizer_g)
-        if t.ema is not None:
-            update_ema(t.ema, generator, t.settings.ema, t.step + 1)
-    else:
-        for buffer, before in zip(generator.buffers(), batch_norm, strict=True):
-            buffer.copy_(before)
+    discriminator.requires_grad_(False)
+    with devices.autocast(noise.device, t.precision):
+        g_adversarial = -discriminator.logits(discriminator.features(fake_maps), sentences.detach()).mean()
+    scaler.scale(g_adversarial - t.settings.sim_w * similarity).backward()
+    discriminator.requires_grad_(True)
+    g_norm = finish_gradients(t, generator, t.optimizer_g, g_adversarial)
+    t.optimizer_g.step()
     t.optimizer_g.zero_grad()
+    if t.ema is not None:
+        update_ema(t.ema, generator, t.settings.ema, t.step + 1, t.guard)
+    t.guard.end()
     scaler.update()
 
     t.step += 1
-    t.bad_steps += not good
-    t.bad_in_a_row = 0 if good else t.bad_in_a_row + 1
     return {
         "loss_d/real": d_real.detach(),
         "loss_d/fake": d_fake.detach(),
@@ -153,21 +156,21 @@ def train_step(t: Training, batch: Batch) -> dict[str, Tensor]:
         "gradient_norm/g": g_norm,
         "learning_rate/g": torch.tensor(t.optimizer_g.param_groups[0]["lr"]),
         "learning_rate/d": torch.tensor(t.optimizer_d.param_groups[0]["lr"]),
-        "bad_steps": torch.tensor(t.bad_steps),
+        "bad_steps": t.guard.bad_steps.clone(),
     }
 
 
-def finish_gradients(t: Training, network: torch.nn.Module, optimizer: Adam) -> Tensor:
-    """Average gradients over processes, undo the scaling of the loss, clip; gives the norm before clipping."""
-    distributed.mean_gradients(network)
+def finish_gradients(t: Training, network: torch.nn.Module, optimizer: Adam, *terms: Tensor) -> Tensor:
+    """Average gradients over processes, undo the scaling of the loss, clip; gives the norm before clipping.
+
+    Where the norm or one of the loss's `terms` is not finite, on any process, the step is bad on all of them.
+    """
+    t.guard.watch(*terms)
+    distributed.mean_gradients(network, t.guard.bad)
     t.scaler.unscale_(optimizer)
-    return clip_grad_norm_(network.parameters(), t.settings.clip_grad or float("inf")).detach()
-
-
-def finite(*values: Tensor) -> bool:
-    """Whether all of the numbers are finite, on every process."""
-    bad = not bool(torch.stack([value.detach().float() for value in values]).isfinite().all())
-    return not distributed.any_process(bad, values[0].device)
+    norm = clip_grad_norm_(network.parameters(), t.settings.clip_grad or float("inf")).detach()
+    t.guard.watch(norm)
+    return norm
 
 
 def randomness(t: Training, share: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,7 +185,7 @@ def randomness(t: Training, share: int) -> tuple[Tensor, Tensor, Tensor]:
     brighter = rng.uniform(-1, 1, (2, share * world_size, 1)) * t.settings.augment_brightness
     draws = np.concatenate([shifts, brighter], axis=2, dtype=np.float32)
     noise, *draws = (torch.from_numpy(a[rank::world_size]) for a in (noise, *draws))
-    return noise.to(t.sentences.device), *draws
+    return devices.send(noise, t.sentences.device), *draws
 
 
 def set_learning_rates(t: Training) -> None:
@@ -195,15 +198,16 @@ def set_learning_rates(t: Training) -> None:
 
 
 @torch.no_grad()
-def update_ema(ema: Generator, generator: Generator, decay: float, step: int) -> None:
-    """Move the averaged generator towards the present one, faster in the first steps."""
+def update_ema(ema: Generator, generator: Generator, decay: float, step: int, guard: Guard) -> None:
+    """Move the averaged generator towards the present one, faster in the first steps; not in a bad step."""
     share = 1 - min(decay, (1 + step) / (10 + step))
     averaged, present = ema.state_dict(), generator.state_dict()
     for name, value in averaged.items():
+        towards = guard.unless_bad(present[name], value)
         if value.is_floating_point():  # BatchNorm's running statistics too
-            value.lerp_(present[name], share)
+            value.lerp_(towards, share)
         else:
-            value.copy_(present[name])
+            value.copy_(towards)
 
 
 def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evaluator]:
@@ -390,5 +394,6 @@ def restore(t: Training, content: dict, place: bool) -> dict[str, dict[str, floa
         return {}
     if content["scaler"]:  # empty where the run was not in fp16 until now
         t.scaler.load_state_dict(content["scaler"])
-    t.epoch, t.step, t.bad_steps = content["epoch"], content["step"], content["bad_steps"]
+    t.epoch, t.step = content["epoch"], content["step"]
+    t.guard.bad_steps.fill_(content["bad_steps"])
     return content["scores"]

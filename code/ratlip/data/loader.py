@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, get_worker_info
 
+from ratlip import device as devices
 from ratlip import distributed
 from ratlip.augment import shift
 from ratlip.data.captions import CaptionTable
@@ -188,7 +189,7 @@ class EnlargedTestImages(Dataset):
             image = image.flip(-1)
         if copy > 1:
             shares = np.random.default_rng((number, copy)).uniform(-self.most, self.most, (1, 2))
-            moved = shift(image[None].float(), torch.from_numpy(shares))
+            moved = shift(image[None].float(), shares)
             image = moved[0].byte()  # it moves by whole pixels: nothing is rounded
         return image, index
 
@@ -221,7 +222,7 @@ def picture_batches(
     )
     for groups in loader:
         for images, numbers in groups:
-            yield to_floats(torch.from_numpy(images).to(device)), torch.tensor(numbers)
+            yield to_floats(devices.send(torch.from_numpy(images), device)), torch.tensor(numbers)
 
 
 def same_size_batches(samples: Sequence[tuple[Tensor, int]]) -> list[tuple[np.ndarray, list[int]]]:

@@ -2,6 +2,7 @@
 
 import torch
 
+from ratlip import device as devices
 from ratlip.errors import UserError
 from ratlip.metrics.metric import Metric, Scored
 from ratlip.metrics.reference import Reference
@@ -19,11 +20,11 @@ class AllFeatures(Metric):
 
     def __init__(self, reference: Reference, count: int):
         self.real = reference.features
-        self.generated = torch.zeros(count, self.real.shape[1])
+        self.generated = torch.zeros(count, self.real.shape[1], device=reference.gaussian.mean.device)
         self.totals = [self.generated]
 
     def update(self, scored: Scored) -> None:
-        self.generated[scored.numbers] = scored.features[self.space].cpu()
+        self.generated[devices.send(scored.numbers, self.generated.device)] = scored.features[self.space]
 
 
 class Kid(AllFeatures):
@@ -37,7 +38,7 @@ class Kid(AllFeatures):
         from torch_fidelity.metric_kid import kid_features_to_metric
 
         size = min(KID_SUBSET, len(self.generated), len(self.real))
-        found = kid_features_to_metric(self.generated, self.real, kid_subset_size=size, verbose=False)
+        found = kid_features_to_metric(self.generated.cpu(), self.real, kid_subset_size=size, verbose=False)
         scores = {"kid": found["kernel_inception_distance_mean"]}
         if size == KID_SUBSET:
             scores["kid/std"] = found["kernel_inception_distance_std"]
@@ -70,6 +71,6 @@ class PrecisionRecall(AllFeatures):
 
         in_parts = max(len(self.generated), len(self.real)) > BLOCK  # else all distances, gigabytes, at once
         found = prc_features_to_metric(
-            self.generated, self.real, prc_neighborhood=NEIGHBOURS, save_cpu_ram=in_parts, verbose=False
+            self.generated.cpu(), self.real, prc_neighborhood=NEIGHBOURS, save_cpu_ram=in_parts, verbose=False
         )
         return {name: found[name] for name in self.names}

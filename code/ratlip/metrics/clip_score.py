@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from ratlip import device as devices
 from ratlip.metrics.metric import Metric, Scored
 from ratlip.metrics.reference import Reference
 
@@ -21,7 +22,8 @@ class ClipScore(Metric):
 
     def update(self, scored: Scored) -> None:
         cosine = F.cosine_similarity(scored.features[self.space].double(), scored.sentences.double(), dim=1)
-        self.totals[0] += torch.tensor([len(cosine), cosine.sum(), cosine.square().sum()], dtype=torch.float64)
+        sums = torch.stack([torch.ones_like(cosine), cosine, cosine.square()]).sum(1)
+        self.totals[0] = devices.send(self.totals[0], sums.device) + sums
 
     def compute(self) -> dict[str, float]:
         """{"clip_score": mean, "clip_score/standard_error": of the mean, pictures taken as independent}."""

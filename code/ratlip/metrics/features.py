@@ -14,6 +14,7 @@ from easydict import EasyDict
 from torch import Tensor, nn
 
 from ratlip import checkpoint, distributed
+from ratlip import device as devices
 from ratlip.clip_towers import FrozenClip
 from ratlip.errors import UserError, first_line
 from ratlip.paths import full
@@ -135,7 +136,7 @@ def released_inception_input(images: Tensor) -> Tensor:
     """Images (B, 3, H, W), clamped to [-1, 1] here -> what GALIP's code gives to Inception (B, 3, 299, 299)."""
     size = (INCEPTION_SIDE, INCEPTION_SIDE)
     images = F.interpolate(images.clamp(-1, 1) * 0.5 + 0.5, size, mode="bilinear", align_corners=False)
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = devices.send(torch.tensor([IMAGENET_MEAN, IMAGENET_STD]), images.device)[:, :, None, None]
     return images * (std / 0.5) + (mean - 0.5) / 0.5
 
 

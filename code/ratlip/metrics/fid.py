@@ -1,5 +1,9 @@
 """The Fréchet distances: standard FID, the papers' FID, and the distance in CLIP's space."""
 
+import numpy as np
+import torch
+
+from ratlip import device as devices
 from ratlip.metrics.frechet import Moments, frechet_distance
 from ratlip.metrics.metric import Metric, Scored
 from ratlip.metrics.reference import Reference
@@ -19,9 +23,10 @@ class FrechetMetric(Metric):
         self.totals = [*self.even.totals, *self.odd.totals]
 
     def update(self, scored: Scored) -> None:
-        features, even = scored.features[self.space], scored.numbers % 2 == 0
-        self.even.update(features[even])
-        self.odd.update(features[~even])
+        features, odd = scored.features[self.space], scored.numbers.numpy() % 2
+        for moments, of_half in ((self.even, odd == 0), (self.odd, odd == 1)):
+            rows = torch.from_numpy(np.flatnonzero(of_half))  # by numpy: their number is known to the host at once
+            moments.update(features[devices.send(rows, features.device)])
 
     def compute(self) -> dict[str, float]:
         """{name: distance, "name/half": distance of every second picture, where these are two at least}."""

@@ -13,7 +13,7 @@ from ratlip.metrics.reference import Reference
 class Scored:
     """A batch of pictures to score."""
 
-    numbers: Tensor  # (B,) int64: each picture's place among all, whatever process and batch it comes in
+    numbers: Tensor  # (B,) int64 on the CPU: each picture's place among all, whatever process and batch it comes in
     images: Tensor  # (B, 3, H, W) in [-1, 1]
     captions: Sequence[str] | None  # B texts; None where pictures came without
     sentences: Tensor | None  # (B, E) the captions' embeddings

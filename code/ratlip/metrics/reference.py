@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ratlip import device as devices
 from ratlip import distributed
 from ratlip.data.layouts import DECODING, Item
 from ratlip.data.loader import picture_batches
@@ -39,7 +40,7 @@ def measure(pictures: Dataset, space: Space, device: torch.device, batch_size: i
     """The Reference of a data set of (image, number), its pictures spread over all processes."""
     count = len(pictures)
     moments = Moments(space.dim, device)
-    features = torch.zeros(count, space.dim) if space.keeps_features else None
+    features = torch.zeros(count, space.dim, device=device) if space.keeps_features else None
     quiet = distributed.rank() > 0 or None  # None: no bar where there is no terminal
     own = len(range(distributed.rank(), count, distributed.world_size()))
     with tqdm(total=own, desc=f"{space.name} of real images", unit="image", leave=False, disable=quiet) as bar:
@@ -47,11 +48,11 @@ def measure(pictures: Dataset, space: Space, device: torch.device, batch_size: i
             found = space(images)
             moments.update(found)
             if features is not None:
-                features[numbers] = found.cpu()
+                features[devices.send(numbers, device)] = found
             bar.update(len(images))
     totals = [*moments.totals, *([features] if features is not None else [])]
     distributed.sum_over_processes(totals, device)
-    return Reference(moments.gaussian(), count, features, source)
+    return Reference(moments.gaussian(), count, None if features is None else features.cpu(), source)
 
 
 def fingerprint(items: Sequence[Item]) -> str:

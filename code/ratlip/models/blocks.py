@@ -15,8 +15,6 @@ from ratlip.models.rat import Affines
 
 AFFINES_PER_BLOCK = 4  # two fuses, two affine layers each
 LARGE = 2**20  # elements of one sample's map (4 MiB in float32), from which on it is large
-# As a matrix, nearest doubling followed by a kernel (w0, w1, w2): what a transposed convolution of stride 2 reads.
-DOUBLING = ((0.0, 0.0, 1.0, 1.0), (0.0, 1.0, 1.0, 0.0), (1.0, 1.0, 0.0, 0.0))
 
 
 def fuse(x: Tensor, *affines: Tensor) -> Tensor:
@@ -160,7 +158,10 @@ def doubling_kernel(weight: Tensor) -> Tensor:
     Args:
         weight: (C_out, C_in, 3, 3). The result is (C_in, C_out, 4, 4), for stride 2 and padding 1.
     """
-    along = torch.tensor(DOUBLING, dtype=weight.dtype, device=weight.device)
+    # As a matrix (3, 4), nearest doubling followed by a kernel (w0, w1, w2): what a transposed convolution of stride 2
+    # reads, (0, 0, 1, 1), (0, 1, 1, 0), (1, 1, 0, 0). Made where the weights are: a GPU would be waited for else.
+    places = torch.arange(3, device=weight.device)[:, None] + torch.arange(4, device=weight.device)
+    along = (places // 2 == 1).to(weight.dtype)
     taps = weight.permute(1, 2, 3, 0).flatten(1, 2)  # (C_in, 9, C_out)
     kernel = torch.kron(along, along).T @ taps  # (C_in, 16, C_out)
     # In channels-last order, with which transposed convolutions on CPUs take a third less time.

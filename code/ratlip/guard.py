@@ -1,0 +1,55 @@
+"""What keeps a training step that is not finite from changing anything, without a host that waits to hear of it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Guard:
+    """Notices what is not finite in a step, on the device. From there on the step changes nothing more, and is counted.
+
+    No number leaves the device for this: the optimisers skip by a tensor, which PyTorch's fused ones read in their
+    kernels, and what else a step changes is chosen by it.
+
+    Args:
+        networks: whose buffers a step moves (BatchNorm's running statistics). They are put back as they were.
+        optimizers: fused. Where a step is bad before their own turn, parameters, averages and counts of steps stay.
+        device: of all of them.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], optimizers: Sequence[Optimizer], device: torch.device):
+        self.networks = networks
+        # Of the step under way: 0, and from the first number on that is not finite 1.
+        self.bad = torch.zeros((), dtype=torch.float32, device=device)
+        self.bad_steps, self.bad_in_a_row, self.longest_row = torch.zeros(3, dtype=torch.int64, device=device).unbind()
+        for optimizer in optimizers:
+            optimizer.found_inf = self.bad  # GradScaler's way to tell a fused optimiser what to leave out
+
+    def begin(self) -> None:
+        """A step begins."""
+        self.bad.zero_()
+        self._before = [buffer.clone() for buffer in self._buffers()]
+
+    def watch(self, *values: Tensor) -> None:
+        """Note whether these numbers are finite, and whether other processes have sent `bad` (as a mean, say)."""
+        finite = torch.stack([value.detach().float() for value in values]).isfinite().all()
+        self.bad.copy_((self.bad > 0) | ~finite)
+
+    def unless_bad(self, new: Tensor, old: Tensor) -> Tensor:
+        """`new`, or `old` where something in this step was not finite until now."""
+        return torch.where(self.bad > 0, old, new)
+
+    def end(self) -> None:
+        """The step ends, all but what `unless_bad` chooses: puts buffers back and counts."""
+        for buffer, before in zip(self._buffers(), self._before, strict=True):
+            buffer.copy_(self.unless_bad(buffer, before))
+        self._before.clear()
+        bad = (self.bad > 0).long()
+        self.bad_steps += bad
+        self.bad_in_a_row.add_(1).mul_(bad)
+        torch.maximum(self.longest_row, self.bad_in_a_row, out=self.longest_row)
+
+    def _buffers(self) -> list[Tensor]:
+        return [buffer for network in self.networks for buffer in network.buffers()]
