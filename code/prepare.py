@@ -2,7 +2,7 @@
 
 import argparse
 
-from ratlip import errors
+from ratlip import commandline, errors
 
 
 def main() -> None:
@@ -28,11 +28,11 @@ def main() -> None:
         metavar="TEXT",
         help='first caption pictures that have no captions by the folders they are in: "a photo of a {}"',
     )
-    words = parser.parse_intermixed_args()
+    words, more = commandline.parse(parser)
 
     from ratlip import config  # not before: -h needs no package
 
-    resolved = config.load(words.config, words.overrides)
+    resolved = config.load(words.config, words.overrides + more)
 
     from ratlip import preparation  # takes seconds: a typo in the words above is answered at once
 

@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from ratlip import errors
+from ratlip import commandline, errors
 
 
 def main() -> None:
@@ -23,9 +23,9 @@ def main() -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="settings stronger than the file's"
     )
-    words = parser.parse_args()
+    words, more = commandline.parse(parser)
     # scripts/resume.sh's state_epoch=120 picks the checkpoint of an epoch
-    overrides = [re.sub("^state_epoch=", "train.resume=", word) for word in words.overrides]
+    overrides = [re.sub("^state_epoch=", "train.resume=", word) for word in words.overrides + more]
 
     from ratlip import config  # not before: -h needs no package
 

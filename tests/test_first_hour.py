@@ -23,7 +23,7 @@ TOO_LARGE = "model.d_channels=40000000000"  # more than any machine addresses
 # What was done, the words of the command, and what the answer has to hold.
 TRIED = {
     "wrong path of the configuration": ("train.py cfg/demo.yaml", f"no configuration file {ROOT}/cfg/demo.yaml; cfg/"),
-    "its name without the folder": ("train.py demo", f"no configuration file {ROOT}/demo;", "cfg/ has bird.yml"),
+    "its name without the folder": ("train.py demo", f"and no run's folder {ROOT}/demo; cfg/ has bird.yml"),
     "its place seen from another folder": ("train.py ../cfg/demo.yml", f"file {ROOT.parent}/cfg/demo.yml"),
     "a file that is no configuration": ("train.py LICENSE", "LICENSE, line", "not valid YAML"),
     "a typo in a key": ("train.py cfg/demo.yml train.batchsize=8", "did you mean 'train.batch_size'"),
@@ -63,7 +63,7 @@ def test_mistakes_are_answered_in_one_line(what, call, monkeypatch, tmp_path, de
     few = ("data.layout=folder", f"data.dir={demo_folder}", "model.imsize=16", "eval.metrics=[clip_score]")
     small = " ".join([*TINY_RUN, *few, f"clip.weights={clip_file}", f"log.dir={tmp_path}/logs"])
     entry, *words = [word for part in command.format(small=small).split("|") for word in _split(part)]
-    result = call(entry, *words, f"log.save_dir={tmp_path}/saved")
+    result = call(entry, *words[:1], f"log.save_dir={tmp_path}/saved", *words[1:])
     assert_refused(result, *parts)
     assert not (tmp_path / "saved").exists()
 

@@ -172,6 +172,19 @@ def test_a_run_is_named_by_a_word_or_its_folder(write, train, call, tmp_path):
     assert_refused(call("train.py", cfg, f"train.resume={first}"), f"bash scripts/resume.sh {first}")
 
 
+def test_words_that_named_the_clip_need_no_repeating(write, train, call, settings, tmp_path):
+    cfg = write("x.yml")
+    stated = config.flatten(yaml.safe_load(cfg.read_text()))
+    weights = stated.pop("clip.weights")
+    cfg.write_text(yaml.safe_dump(config.unflatten({key: v for key, v in stated.items() if key != "clip.activation"})))
+    train(cfg, f"clip.weights={weights}", "run=first", STOP)
+    for number, words in enumerate(((cfg,), (cfg, "run=first"))):
+        result = call("sample.py", *words, "a red bird", "--n", 1, "--out", tmp_path / f"out{number}")
+        assert result.returncode == 0, result.stderr
+    elsewhere = call("sample.py", cfg, "clip.weights=nowhere.pt", "a red bird")
+    assert_refused(elsewhere, "nowhere.pt")
+
+
 def test_the_printed_command_goes_on_with_that_run_and_its_seed(write, train):
     cfg = write("x.yml")
     output, first = train(cfg, "train.seed=3", STOP)

@@ -314,7 +314,8 @@ def _find(path: str | Path) -> tuple[Path, Path | None]:
             return Path(paths.usable(found, Path.cwd())), Path(paths.usable(folder, Path.cwd())) if folder else None
     known = ", ".join(sorted(p.name for p in DEFAULT.parent.glob("*.yml") if p != DEFAULT))
     places = " or ".join(dict.fromkeys(str(paths.full(place)) for place in (own, ROOT / own)))
-    raise UserError(f"no configuration file {places}; cfg/ has {known}")
+    run = "" if own.suffix else " and no run's folder"
+    raise UserError(f"no configuration file{run} {places}; cfg/ has {known}")
 
 
 def _change_path(key: str, value: Any, base: Path, change: Callable[[str], str]) -> Any:

@@ -134,7 +134,7 @@ def load_generator(config: EasyDict, path: str | Path) -> tuple[Generator, Froze
 
     Returns:
         generator, its CLIP, and a line that says what was loaded. The network's settings are the checkpoint's own;
-        only what says where its CLIP is found on this machine (`clip.source`, `.weights`, `.activation`) is `config`'s.
+        where its CLIP is found on this machine (`clip.source`, `.weights`, `.activation`) `config` may say.
 
     Raises:
         UserError: not a checkpoint, an incomplete one, or another CLIP than it was trained with.
@@ -153,7 +153,7 @@ def load_generator(config: EasyDict, path: str | Path) -> tuple[Generator, Froze
         raise UserError(checkpoint.UNKNOWN.format(path))
     # A checkpoint from before a setting existed was made with what is its default now.
     own = EasyDict(configuration.unflatten(configuration.from_kept(content["config"])))
-    own.clip.update({key: config.clip[key] for key in ("source", "weights", "activation")})
+    own.clip.update(_whereabouts_of_clip(own, config))
     clip = build.clip_of(own)
     said = require_same(clip, trained_with(content), str(path), config.clip.insist)
     choose_products(clip, config)
@@ -165,3 +165,14 @@ def load_generator(config: EasyDict, path: str | Path) -> tuple[Generator, Froze
     kind = "averaged weights" if content.get("ema") else "weights"
     about = f"{path}: {own.model.name}, epoch {content['epoch']}, {kind}"
     return generator.eval(), clip, f"{about}; {said}" if said else about
+
+
+def _whereabouts_of_clip(own: EasyDict, config: EasyDict) -> dict[str, str | None]:
+    """Where a checkpoint's CLIP is found: where the user says, in the configuration or a word; else where it was in
+    training, unless that is a file of another machine."""
+    origin = config.get("origin")
+    said = {**origin.stated, **origin.words} if origin else configuration.flatten(config)
+    keys = ("source", "weights", "activation")
+    there = own.clip.weights == config.clip.weights or Path(own.clip.weights).exists()
+    clip = config.clip if not there or any(f"clip.{key}" in said for key in keys) else own.clip
+    return {key: clip[key] for key in keys}

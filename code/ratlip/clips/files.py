@@ -65,6 +65,7 @@ def refusing(path: Path) -> Iterator[None]:
 
 
 def read_file(path: Path) -> File:
+    """What a file of CLIP weights holds: OpenAI's archive, a state dict, safetensors or a checkpoint of a training."""
     if code := _archived_code(path):
         with quiet():
             weights = torch.jit.load(path, map_location="cpu").state_dict()
