@@ -62,7 +62,7 @@ def test_time_is_bounded(monkeypatch):
 
 def delayed(function):
     def slow(*args, **kwargs):
-        time.sleep(0.03)
+        time.sleep(0.1)
         return function(*args, **kwargs)
 
     return slow
