@@ -67,13 +67,15 @@ def evaluate(
     from ratlip.data.inventory import usable_items
     from ratlip.evaluation import Evaluator, Scorer, score_folder, scores_table
     from ratlip.monitor import Board, write_scores
-    from ratlip.sampling import find_checkpoint, load_generator
+    from ratlip.sampling import choose_products, find_checkpoint, load_generator, own_precision
 
     place = devices.choose(resolved.train.device, distributed.start())
     if images:
         clip, loaded = build.clip_of(resolved), f"pictures of {images}"
+        choose_products(clip, resolved)
     else:
-        generator, clip, loaded = load_generator(resolved, checkpoint or find_checkpoint(resolved))
+        checkpoint = checkpoint or find_checkpoint(resolved)
+        generator, clip, loaded = load_generator(resolved, checkpoint)
         generator.to(place)
         if resolved.clip.preprocess == "released":  # the papers' CLIP score, of a checkpoint of ours too
             clip.preprocess = "released"
@@ -89,7 +91,8 @@ def evaluate(
         side = generator.sizes[-1]
         if not against and side != resolved.model.imsize:
             distributed.say(f"it draws {side} px; the test images are taken at {resolved.model.imsize} (model.imsize)")
-        evaluator = Evaluator(scorer, items, devices.choose_precision(resolved.train.precision, place))
+        precision = resolved.train.precision
+        evaluator = Evaluator(scorer, items, own_precision(checkpoint) if precision == "auto" else precision)
         scores, protocols = evaluator(generator), evaluator.protocols
 
     if distributed.rank() == 0:

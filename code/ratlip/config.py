@@ -32,6 +32,7 @@ CHOICES = {
     "clip.source": ("openai", "open_clip"),
     "clip.activation": ("quick_gelu", "gelu"),
     "clip.preprocess": ("standard", "released"),
+    "clip.products": ("auto", "linear", "convolution"),
     "train.device": ("auto", "cpu", "cuda"),
     "train.precision": ("auto", "fp32", "bf16", "fp16"),
 }

@@ -15,6 +15,7 @@ from ratlip.data.loader import BATCH_SIZE, batch_size_for
 from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.errors import UserError
 from ratlip.evaluation import Scorer, check_counts
+from ratlip.sampling import choose_products
 
 SPLITS = ("train", "test")
 
@@ -109,6 +110,7 @@ def embed_captions(config: EasyDict, items: dict[str, list[Item]]) -> FrozenClip
     """Fill the cache of caption embeddings for each split's items, and name the captions whose end CLIP does not read;
     gives the CLIP that made them."""
     clip = build.clip_of(config).to(device.choose(config.train.device))
+    choose_products(clip, config)
     counts = []
     for split, own in items.items():
         table = captions.CaptionTable([item.captions for item in own])

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam
 from torch.utils.data import DataLoader
 
-from ratlip import build, checkpoint, distributed, losses, resume, runs
+from ratlip import build, checkpoint, choices, distributed, losses, resume, runs
 from ratlip import config as configuration
 from ratlip import device as devices
 from ratlip.augment import augment
@@ -55,6 +55,7 @@ class Training:
     feature_maps: Callable = field(init=False)
     step: int = 0
     epoch: int = 0  # finished epochs
+    measured: str = ""  # by which `precision` and the form of CLIP's products were chosen
     run: runs.Run | None = None  # that its checkpoints belong to
     in_step: bool = False  # then the networks are none that a checkpoint may hold
 
@@ -213,12 +214,13 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     """Data, CLIP and networks of a configuration, on this process's device, before the first step."""
     local_rank = distributed.start()
     place = devices.choose(config.train.device, local_rank)
-    precision = devices.choose_precision(config.train.precision, place)
     with distributed.first_process_first():  # before CLIP, which may be a long download, is asked for
         items, test_items = (usable_items(config, split) for split in ("train", "test"))
     check_size(config, {"train": items, "test": test_items}, distributed.world_size())
     torch.manual_seed(config.train.seed)
     clip = build.clip_of(config).to(place)
+    share = -(-config.train.batch_size // distributed.world_size())
+    measured = [choices.settle_products(clip, config.clip.products, share, place, learning=True)]
     table = captions.CaptionTable([item.captions for item in items])
     with distributed.first_process_first():
         sentences = captions.embed(table, clip, cache_folder(config.data))
@@ -235,7 +237,7 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     )
     images = TrainingImages(items, config.model.imsize, config.data.enlarge, config.data.flip, config.train.seed)
     loader = training_loader(images, batches, config.data.num_workers, pin=place.type == "cuda")
-    evaluator = Evaluator(Scorer(config, clip, test_items), test_items, precision)
+    evaluator = Evaluator(Scorer(config, clip, test_items), test_items)
     clip.drop_text_tower()
 
     generator, discriminator = (
@@ -249,8 +251,14 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
         ema = build.generator_of(config, clip).to(place).eval().requires_grad_(False)
         ema.load_state_dict(generator.state_dict())
     devices.keep_freed_memory()  # from here on; what loading took has been given back
+    asked = config.train.precision
+    precision, times = choices.settle_precision(asked, generator, discriminator, share, place)
+    evaluator.precision, measured = precision, "; ".join(filter(None, [times, *measured]))
+    # What was chosen is a setting from here on: the run goes on with it, whatever would be faster then.
+    config.train.precision, config.clip.products = precision, clip.products
     total_steps = len(batches) * config.train.max_epoch
     training = Training(config.train, clip, generator, discriminator, ema, sentences.to(place), precision, total_steps)
+    training.measured = measured
     return training, batches, loader, evaluator
 
 
@@ -291,7 +299,8 @@ def _train(config: EasyDict, start: resume.Start, words: list[str], started: flo
     monitor = Monitor(start.run, config, t.epoch if scores else -1, t.step, len(batches))
     trace = Trace(config.train.profile, monitor.folder)
     distributed.say(
-        f"{config.model.name} on {t.sentences.device} in {t.precision}: {len(loader.dataset)} training images, "
+        f"{config.model.name} on {t.sentences.device} in {t.precision}, CLIP's products as {t.clip.products}"
+        f"{f' (measured: {t.measured})' if t.measured else ''}: {len(loader.dataset)} training images, "
         f"{len(batches)} steps an epoch, epochs: {config.train.max_epoch}; logs in {monitor.folder}"
     )
     if t.epoch >= config.train.max_epoch:
