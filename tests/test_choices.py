@@ -48,22 +48,22 @@ def test_the_rule(published, other, expected, monkeypatch):
 
 
 def test_time_is_bounded(monkeypatch):
-    """No round is begun that would not fit, but for the first two."""
+    """No round is begun that would not fit, but for the first."""
     now, calls = [0.0], []
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def way(seconds):
         return lambda: (calls.append(seconds), now.__setitem__(0, now[0] + seconds))
 
-    for seconds, rounds in ((0.4, 3), (5.0, 2), (0.001, choices.ROUNDS)):
+    for seconds, rounds in ((0.4, 3), (0.9, 1), (5.0, 1), (0.001, choices.ROUNDS)):
         calls.clear()
-        choices.fastest({"a": way(seconds), "b": way(seconds)}, 2.5)
-        assert len(calls) == 2 * rounds
+        found, _ = choices.fastest({"a": way(seconds), "b": way(seconds * 0.8)}, 2.5)
+        assert len(calls) == 2 * rounds and found == "b"
 
 
 def delayed(function):
     def slow(*args, **kwargs):
-        time.sleep(0.1)
+        time.sleep(0.5)  # more than what else a busy machine does
         return function(*args, **kwargs)
 
     return slow
@@ -109,12 +109,12 @@ def test_a_slowed_precision_loses(small_clip, monkeypatch, slow, fast):
 
 
 def test_large_maps_are_timed_an_image_at_a_time(small_clip, monkeypatch):
-    """All small blocks on the whole share, or all small and the last large one on one image; each in its own shapes."""
+    """All small blocks on the whole share, or the last small and the last large one on one image; in their own shapes."""
     resolved = config.load("cfg/demo.yml", ["model.imsize=64", "model.d_channels=16"])
     generator, discriminator = build.generator_of(resolved, small_clip), build.discriminator_of(resolved, small_clip)
     for large, sides, batch in (
         (2**20, [4, 8, 16, 32], 6),
-        (16 * 64**2, [4, 8, 16, 32], 1),  # the last block's
+        (16 * 64**2, [16, 32], 1),  # the last block's
         (64 * 16**2, [4, 32], 1),  # all but the first's
         (128 * 8**2, [32], 1),
     ):

@@ -15,29 +15,30 @@ from ratlip.models.clip_gan.generator import Generator
 
 LEAD = 0.1  # share of the published way's time that another must save to be taken
 ROUNDS = 12
-SECONDS = {"products": 0.5, "precision": 2.5}  # where two calls of each way take no longer
+SECONDS = {"products": 0.5, "precision": 2.5}  # unless one call of each way takes longer
 
 
 def fastest(ways: dict[str, Callable[[], object]], seconds: float) -> tuple[str, str]:
     """The first of `ways`, the published one, unless another takes a tenth less time: then the quickest.
 
-    They are called in turns, for about `seconds`, twice at least. Of each its quickest call counts: whatever else the
-    machine does only adds to the others. The first round, which pays for new memory and prepared kernels, does not.
+    They are called in turns, for about `seconds`. Of each its quickest call counts: whatever else the machine does only
+    adds to the others. The first round, which pays for new memory and prepared kernels, counts only where there is no
+    time for another.
 
     Returns:
         its name, and the times in words.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
     begun = time.perf_counter()
-    for done in range(ROUNDS):
+    for _ in range(ROUNDS):
         for name, work in ways.items():
             start = time.perf_counter()
             work()
             times[name].append(time.perf_counter() - start)
         latest = sum(own[-1] for own in times.values())
-        if done > 0 and time.perf_counter() - begun + latest > seconds:
+        if time.perf_counter() - begun + latest > seconds:
             break
-    best = {name: min(own[1:]) for name, own in times.items()}
+    best = {name: min(own[1:] or own) for name, own in times.items()}
     published, quickest = next(iter(ways)), min(best, key=best.get)
     chosen = quickest if best[quickest] <= (1 - LEAD) * best[published] else published
     return chosen, ", ".join(f"{name} {1000 * best[name]:.3g} ms" for name in ways)
@@ -119,14 +120,16 @@ def parts_of_a_step(
     each with respect to.
 
     The generator's blocks, each on maps of the run's shapes; CLIP and the discriminator. Where maps are large it is one
-    image, as training takes these sample by sample, and of their blocks, which are much alike, only the last is run.
+    image, as training takes these sample by sample, and of the blocks with small and with large maps, which are much
+    alike, only the last is run.
     """
     clip, losses = generator.clip, []
     sides = zip([clip.grid, *generator.sizes], generator.sizes, strict=False)
     blocks = [(block, *own) for block, own in zip(generator.blocks, sides, strict=True)]
     small = [(block, h, size) for block, h, size in blocks if block.conv1.conv.out_channels * size**2 < LARGE]
-    batch = min(share, 16) if len(small) == len(blocks) else 1
-    for block, h, size in [*small, *blocks[len(small) :][-1:]]:
+    large = blocks[len(small) :]
+    batch, timed = (1, [*small[-1:], large[-1]]) if large else (min(share, 16), small)
+    for block, h, size in timed:
         x = torch.ones(batch, block.conv1.conv.in_channels, h, h).to(memory_format=torch.channels_last)
         affines = [(torch.ones(batch, channels, 1, 1),) * 2 for channels in block.affine_channels]
         (y,) = block([x.requires_grad_()], size, affines)  # (batch, C, size, size)
