@@ -36,7 +36,14 @@ def words(demo_folder, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(demo_folder, data)
     places = (f"data.dir={data}", f"log.dir={tmp_path}/logs", f"log.save_dir={tmp_path}/saved")
-    return ["cfg/demo.yml", *places, "train.device=cpu", "train.precision=fp32", "eval.samples=7"]
+    return [
+        "cfg/demo.yml",
+        *places,
+        "train.device=cpu",
+        "train.precision=fp32",
+        "clip.products=linear",
+        "eval.samples=7",
+    ]
 
 
 @pytest.fixture(scope="module")

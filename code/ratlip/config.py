@@ -38,6 +38,7 @@ CHOICES = {
     "ratgan.affines": (4, 6),
     "eval.clip_source": ("openai", "open_clip"),
     "eval.clip_activation": ("quick_gelu", "gelu"),
+    "clip.products": ("auto", "linear", "convolution"),
     "train.device": ("auto", "cpu", "cuda"),
     "train.precision": ("auto", "fp32", "bf16", "fp16"),
 }

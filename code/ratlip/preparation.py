@@ -15,6 +15,7 @@ from ratlip.data.loader import BATCH_SIZE, batch_size_for
 from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.errors import UserError
 from ratlip.evaluation import Scorer, check_counts
+from ratlip.sampling import choose_products
 
 SPLITS = ("train", "test")
 
@@ -110,6 +111,7 @@ def embed_captions(config: EasyDict, items: dict[str, list[Item]]) -> FrozenClip
     end; gives the CLIP that scores will compare with."""
     clip = build.clip_of(config).to(device.choose(config.train.device))
     encoder = build.text_encoder_of(config, clip)
+    choose_products(clip, config)
     counts = []
     for split, own in items.items():
         table = captions.CaptionTable([item.captions for item in own])
