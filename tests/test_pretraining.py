@@ -11,6 +11,7 @@ import pytest
 import torch
 from easydict import EasyDict
 from helpers import assert_refused, family_fixtures, fixture_picture, relative_error, released_weights
+from test_gpu import NeverWait
 
 from ratlip import checkpoint, config
 from ratlip.data.layouts import read_classes
@@ -84,6 +85,14 @@ def test_the_rate_falls_114_times_and_moments_begin_anew(small_pretraining):
         assert {int(own["step"]) for own in t.optimizer.state.values()} == {count}
 
 
+def test_no_host_waits_in_a_step(small_pretraining):
+    t, batch = small_pretraining
+    pretraining_step(t, batch)
+    with NeverWait():
+        logged = pretraining_step(t, batch)
+    assert all(torch.isfinite(value) for value in logged.values())
+
+
 @pytest.fixture
 def words(data_words, demo_folder):
     """words(*more): a small pretraining on the small CLIP."""
@@ -122,6 +131,32 @@ def test_a_run_leaves_a_pair_that_is_read_as_it_is(words, call, clip_file, tmp_p
     assert_refused(
         call("sample.py", words()[0], "a red star", "--checkpoint", pair), "best.pth holds no generator", "pretrain.sh"
     )
+
+
+def test_a_generator_reads_the_pair(words, call, tmp_path):
+    """Pretrained, trained, gone on with, drawn and scored; and not with another pair."""
+    assert call("pretrain.py", *words("damsm.max_epoch=1")).returncode == 0
+    pair, (path, *more) = newest(tmp_path) / "best.pth", words("model.name=dfgan")
+    unread = ("model.d_channels", "clip.feature_blocks", "damsm", "eval.metrics")
+    more = [word for word in more if not word.startswith(unread)] + ["eval.metrics=[clip_score]", "model.imsize=32"]
+    damsm_words = ("text.encoder=damsm", f"text.weights={pair}")
+    for script, own in (
+        ("train.py", [*more, *damsm_words]),
+        ("train.py", [*more, "train.resume=auto", "train.max_epoch=2"]),
+        ("test.py", [*more, *damsm_words]),
+        ("sample.py", [*more, *damsm_words, "a small red star", "--n", 1, "--out", tmp_path / "drawn"]),
+    ):
+        result = call(script, path, *own)
+        assert result.returncode == 0, (script, result.stderr)
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 1
+
+    content = checkpoint.read(pair)
+    content["text"]["rnn.bias_hh_l0"] += 0.1
+    checkpoint.save(content, tmp_path / "other.pth")
+    asked = (*more, "text.encoder=damsm", f"text.weights={tmp_path}/other.pth")
+    assert_refused(call("test.py", path, *asked), "was trained with another text encoder or vocabulary")
+    unknown = call("sample.py", path, *more, *damsm_words, "xylophone", "--n", 1)
+    assert_refused(unknown, "caption 1: 'xylophone' has no word that", "best.pth knows")
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(words, call, tmp_path):
