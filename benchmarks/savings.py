@@ -47,10 +47,10 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return scores.softmax(3) @ v
 
 
-def mlp_with_quick_gelu(x: Tensor, normed: Tensor, mlp) -> Tensor:
+def mlp_with_quick_gelu(x: Tensor, normed: Tensor, mlp, linear) -> Tensor:
     """x + mlp(normed), QuickGELU as it is defined."""
-    hidden = mlp.gelu(clip_towers.linear(normed, mlp.c_fc.weight, mlp.c_fc.bias))
-    return x + clip_towers.linear(hidden, mlp.c_proj.weight, mlp.c_proj.bias)
+    hidden = mlp.gelu(linear(normed, mlp.c_fc.weight, mlp.c_fc.bias))
+    return x + linear(hidden, mlp.c_proj.weight, mlp.c_proj.bias)
 
 
 def moments_by_autograd(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,10 +102,12 @@ SAVINGS = {
         (torch, "channels_last", torch.contiguous_format),
         (blocks, "doubling_kernel", lambda weight: doubling_kernel(weight).contiguous()),
     ]),
-    "CLIP's products": (("sample", "train"), [(clip_towers, "linear", F.linear)]),
+    "CLIP's products": (("sample", "train"), [
+        (FrozenClip, "linear", lambda clip, x, weight, bias=None: F.linear(x, weight, bias)),
+    ]),
     "wanted tokens": (("sample", "train"), [
-        (clip_towers, "transformer_block", lambda block, x, wanted=slice(None), causal=False:
-            transformer_block(block, x, causal=causal)[:, wanted]),
+        (clip_towers, "transformer_block", lambda block, x, wanted=slice(None), causal=False, linear=F.linear:
+            transformer_block(block, x, causal=causal, linear=linear)[:, wanted]),
     ]),
     "silu": (("sample", "train"), [(clip_towers, "_add_mlp", mlp_with_quick_gelu)]),
     "fused attention": (("sample", "train"), [(clip_towers, "_attend", attend_by_products)]),

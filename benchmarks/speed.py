@@ -47,6 +47,8 @@ def parse(line: list[str]) -> argparse.Namespace:
     precisions = ("fp32", "bf16", "fp16")
     parser.add_argument("--precision", default="fp32", choices=precisions, help="of ours")
     parser.add_argument("--plain-precision", default="fp32", choices=precisions)
+    forms = ("auto", "linear", "convolution")
+    parser.add_argument("--products", default="auto", choices=forms, help="form of CLIP's (default: measured)")
     parser.add_argument("--model", default="ratlip", choices=("ratlip", "galip"))
     parser.add_argument("--compile", action="store_true", help="torch.compile ours")
     parser.add_argument("--threads", type=at_least_one, help="of the CPU; else as many as PyTorch takes")
@@ -239,7 +241,7 @@ def work(words: argparse.Namespace, batch: int, name: str) -> Callable[[], objec
     import torch
     from savings import without
 
-    from ratlip import released
+    from ratlip import choices, released
     from ratlip.device import autocast
     from ratlip.encoders.clip_towers import FrozenClip
 
@@ -256,6 +258,7 @@ def work(words: argparse.Namespace, batch: int, name: str) -> Callable[[], objec
     networks = {"netG": net_g.state_dict(), "netD": net_d.state_dict(), "netC": net_c.state_dict()}
     with without(name):
         clip = FrozenClip(model, preprocess="released")
+        choices.settle_products(clip, words.products, batch, device, learning=words.what == "train")
         if words.what == "train":
             clip.drop_text_tower()  # as training does: captions were encoded before
         ours = released.load_networks({"model": networks}, clip)[:2]

@@ -37,7 +37,10 @@ def main() -> None:
         "--device", default="cpu", choices=("cpu", "cuda", "auto"), help="where to compute (default cpu)"
     )
     parser.add_argument(
-        "--precision", default="fp32", choices=("fp32", "bf16", "fp16", "auto"), help="of the generator (default fp32)"
+        "--precision",
+        default="fp32",
+        choices=("fp32", "bf16", "fp16", "auto"),
+        help="of the generator (default fp32; auto: the one it was trained in)",
     )
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the generator: pays for thousands of pictures"
@@ -66,19 +69,20 @@ def main() -> None:
 def sample(resolved: "EasyDict", arguments: argparse.Namespace, captions: list[str]) -> int:
     """Draw `captions`, or those of the file that the options name, save them and say where; gives the exit code."""
     from ratlip import device, drawing  # takes seconds, like all below: mistakes above are told at once
-    from ratlip.sampling import compiled, find_checkpoint, load_generator
+    from ratlip.sampling import compiled, find_checkpoint, load_generator, own_precision
 
     if arguments.captions:
         order = drawing.read(arguments.captions, arguments.n, arguments.seed)
     else:
         order = drawing.given(captions, arguments.n, arguments.seed)
     place = device.choose(arguments.device)
-    precision = device.choose_precision(arguments.precision, place)
-    generator, clip, encoder, loaded = load_generator(resolved, arguments.checkpoint or find_checkpoint(resolved))
+    checkpoint = arguments.checkpoint or find_checkpoint(resolved)
+    generator, clip, encoder, loaded = load_generator(resolved, checkpoint)
+    precision = own_precision(checkpoint) if arguments.precision == "auto" else arguments.precision
     print(loaded)
     drawing.check_captions(order, encoder)
     record = drawing.record_of(order, generator, clip, encoder, precision)
-    folder = drawing.claim(arguments.out or Path("samples") / resolved.name, record)
+    folder, clip.products = drawing.claim(arguments.out or Path("samples") / resolved.name, record)
     encoder.to(place)
     generator.to(place)
     if arguments.compile:

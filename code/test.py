@@ -87,14 +87,16 @@ def evaluate(
     from ratlip.evaluation import Evaluator, Scorer, scores_table
     from ratlip.monitor import Board, write_scores
     from ratlip.pictures import save_picture
-    from ratlip.sampling import find_checkpoint, load_generator
+    from ratlip.sampling import choose_products, find_checkpoint, load_generator, own_precision
 
     place = devices.choose(resolved.train.device, distributed.start())
     if images or real:
         clip = build.clip_of(resolved)
+        choose_products(clip, resolved)
         loaded = f"pictures of {images}" if images else f"the test split's own pictures, {resolved.data.dir}"
     else:
-        generator, clip, encoder, loaded = load_generator(resolved, checkpoint or find_checkpoint(resolved))
+        checkpoint = checkpoint or find_checkpoint(resolved)
+        generator, clip, encoder, loaded = load_generator(resolved, checkpoint)
         generator.to(place)
         if resolved.clip.preprocess == "released":  # the papers' CLIP score, of a checkpoint of ours too
             clip.preprocess = "released"
@@ -117,7 +119,8 @@ def evaluate(
         side = generator.sizes[-1]
         if not against and side != resolved.model.imsize:
             distributed.say(f"it draws {side} px; the test images are taken at {resolved.model.imsize} (model.imsize)")
-        precision = devices.choose_precision(resolved.train.precision, place)
+        precision = resolved.train.precision
+        precision = own_precision(checkpoint) if precision == "auto" else precision
         evaluator = Evaluator(scorer, items, precision, encoder.to(place))
         scores, protocols = evaluator(generator), evaluator.protocols
         shown = remembered.of_generator(evaluator, generator) if nearest else None

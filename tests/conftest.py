@@ -49,6 +49,14 @@ def clip_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def judge_file(tmp_path_factory) -> Path:
+    """A CLIP of another shape than those that generators read; a bare state dict, which states no activation."""
+    path = tmp_path_factory.mktemp("judge") / "judge.pt"
+    torch.save({**small_clip_model(resolution=32, patch=8, layers=2).state_dict()}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def small_clip(clip_file) -> FrozenClip:
     """The small CLIP, loaded."""
     return load_clip(str(clip_file))

@@ -18,7 +18,8 @@ SALT = "developers"
 TINY_RUN = (
     "train.max_epoch=1",
     "train.batch_size=4",
-    "train.precision=fp32",
+    "train.precision=fp32",  # this and the next: runs that are compared bit for bit leave nothing to a stopwatch
+    "clip.products=linear",
     "eval.samples=6",
     "model.nf=16",
     "model.d_channels=16",
@@ -36,6 +37,17 @@ def fixture_input(name: str, *shape: int) -> torch.Tensor:
     """An input of the fixtures, drawn as tests/data/fill.py's text says."""
     random = np.random.RandomState(zlib.crc32(f"{SALT}:input.{name}".encode()))
     return torch.from_numpy(random.standard_normal(shape).astype(np.float32))
+
+
+def fixture_picture(name: str, count: int, side: int) -> torch.Tensor:
+    """Pictures (count, 3, side, side) of AttnGAN's and DAMSM's fixtures, in [-1, 1]."""
+    blocks, noise = fixture_input(f"{name}.blocks", count, 3, 8, 8), fixture_input(name, count, 3, side, side)
+    return torch.from_numpy(np.tanh(np.kron(blocks, np.ones((side // 8, side // 8), np.float32)) + 0.5 * noise.numpy()))
+
+
+def family_fixtures(family: str) -> dict[str, np.ndarray]:
+    """What the released systems of a family answer: tests/data/<family>/fixtures.npz."""
+    return dict(np.load(ROOT / "tests" / "data" / family / "fixtures.npz"))
 
 
 def small_clip_model(resolution: int = 64, patch: int = 16, width: int = 64, layers: int = 4) -> clip.model.CLIP:

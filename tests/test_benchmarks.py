@@ -77,6 +77,7 @@ def ours(small, monkeypatch) -> tuple[Training, Batch, torch.Tensor, torch.Tenso
     """Our training of two pictures with the small networks' weights, in float64; its batch, noise and captions."""
     clip, networks = small
     states = {name: network.state_dict() for name, network in networks.items()}
+    clip.products = "convolution"  # which "CLIP's products" does without
     generator, discriminator, _ = load_networks({"model": states}, clip)
     tokens = clip.tokenize(["a red bird", "a green bird with a long beak"])
     settings = config.EasyDict(config.unflatten(config.default_settings())).train

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from data.test_colours import rgb_profile
-from helpers import ROOT, TINY_RUN, assert_refused, released_weights, run, small_clip_model
+from helpers import ROOT, TINY_RUN, assert_refused, released_weights, run
 from PIL import Image
 
 from ratlip import config, sampling
@@ -36,7 +36,14 @@ def words(demo_folder, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(demo_folder, data)
     places = (f"data.dir={data}", f"log.dir={tmp_path}/logs", f"log.save_dir={tmp_path}/saved")
-    return ["cfg/demo.yml", *places, "train.device=cpu", "train.precision=fp32", "eval.samples=7"]
+    return [
+        "cfg/demo.yml",
+        *places,
+        "train.device=cpu",
+        "train.precision=fp32",
+        "clip.products=linear",
+        "eval.samples=7",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +75,12 @@ def scores(result: subprocess.CompletedProcess, logs) -> dict:
 
 def test_folders_score_as_torch_fidelity_says(folders, inception_file, tmp_path, words):
     mine, theirs = folders
-    metrics = "eval.metrics=[fid,kid,precision,recall,clip_score,caption_accuracy]"
+    metrics = "eval.metrics=[fid,kid,precision,recall,is,clip_score,r_precision,caption_accuracy]"
     result = run("test.py", *words, metrics, f"eval.inception_weights={inception_file}",
                  "--images", mine, "--against", theirs, environment=OFFLINE)  # fmt: skip
     found = scores(result, tmp_path / "logs")
-    command = ["--input1", mine, "--input2", theirs, "--cpu", "--fid", "--kid", "--prc", "--kid-subset-size", THEIRS,
+    command = ["--input1", mine, "--input2", theirs, "--cpu", "--fid", "--kid", "--prc", "--isc", "--kid-subset-size",
+               THEIRS,
                "--feature-extractor", "inception-v3-compat", "--feature-extractor-weights-path", inception_file,
                "--no-cache", "--silent", "--json"]  # fmt: skip
     theirs_says = subprocess.run(
@@ -83,6 +91,8 @@ def test_folders_score_as_torch_fidelity_says(folders, inception_file, tmp_path,
     expected = json.loads(theirs_says.stdout[theirs_says.stdout.index("{") :])
     assert found["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
     assert found["kid"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
+    assert found["is"] == pytest.approx(expected["inception_score_mean"], rel=1e-4)
+    assert found["is/std"] == pytest.approx(expected["inception_score_std"], rel=1e-3)
     assert (found["precision"], found["recall"]) == (expected["precision"], expected["recall"])
     assert 0 < found["recall"] and 0 < found["precision"]
 
@@ -268,14 +278,6 @@ def test_a_checkpoints_name_may_hold_an_equals_sign(words, tmp_path, call):
 def test_a_folder_against_itself(words, folders, tmp_path):
     result = run("test.py", *words, "--images", folders[0], "--against", folders[0], "eval.metrics=[fd_clip]")
     assert abs(scores(result, tmp_path / "logs")["fd_clip"]) < 1e-3
-
-
-@pytest.fixture(scope="module")
-def judge_file(tmp_path_factory):
-    """A CLIP of another shape than those that generators read; a bare state dict, which states no activation."""
-    path = tmp_path_factory.mktemp("judge") / "judge.pt"
-    torch.save({**small_clip_model(resolution=32, patch=8, layers=2).state_dict()}, path)
-    return path
 
 
 CLIPS_METRICS = ("fd_clip", "cmmd", "clip_score", "diversity")

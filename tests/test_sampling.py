@@ -35,6 +35,7 @@ from ratlip.sampling import (
 
 CAPTION = "a small blue heart at the top left on a yellow background"
 UNTRAINED = "log.save_dir=nothing_trained_here"
+EXACT = "clip.products=linear"  # of pictures that are compared bit for bit: nothing is left to a stopwatch
 
 
 def test_noise_belongs_to_the_sample():
@@ -259,7 +260,7 @@ def test_captions_from_a_file(tmp_path, call):
     (tmp_path / "all.txt").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
     (tmp_path / "few.txt").write_text("\n" * 12 + CAPTION + "\n\n", "utf-8")
     for name, *more in (("all", "--n", 3, "eval.batch_size=16"), ("few", "--n", 2)):
-        words = ("--captions", tmp_path / f"{name}.txt", "--out", tmp_path / name, *more)
+        words = ("--captions", tmp_path / f"{name}.txt", "--out", tmp_path / name, EXACT, *more)
         result = call("sample.py", "cfg/demo.yml", UNTRAINED, *words)
         assert result.returncode == 0, result.stderr
     many, few = (captions_beside(tmp_path / name) for name in ("all", "few"))
@@ -291,6 +292,7 @@ def test_a_stopped_drawing_loses_nothing_and_goes_on(tmp_path, call):
     words = [
         "cfg/demo.yml",
         UNTRAINED,
+        EXACT,
         "--captions",
         tmp_path / "captions.txt",
         "--n",

@@ -25,12 +25,18 @@ def choose(name: str, local_rank: int = 0) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """ "auto" -> "bf16" where the hardware multiplies in it, else "fp32"; other names stay."""
+    """ "auto" -> "bf16" where the hardware multiplies in it, else "fp32"; other names stay. On CPUs, of which some are
+    slower in it all the same, training measures instead (`ratlip.choices`)."""
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def has_bf16_routines() -> bool:
+    """Whether PyTorch has anything but its slow general loops for bfloat16 on this CPU."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -25,6 +25,7 @@ from ratlip.stopping import Stop, Stopped
 from ratlip.text import read_text
 
 RECORD = ".drawn.json"  # in a folder of pictures: what was asked for, so that the same can go on and nothing else mixes
+EARLIER = "convolution"  # form of CLIP's products of programs that did not note it
 OVERVIEW = 64  # pictures; more of them in one nobody would look at
 NAMED = 3  # captions that are cut, in the line that says so
 NAME_LETTERS, NAME_BYTES = 60, 120  # of a caption, in the names of its pictures
@@ -122,12 +123,14 @@ def record_of(
         "pictures_of_each": order.count,
         "seed": order.seed,
         "precision": precision,
+        "products": clip.products,
     }
 
 
-def claim(asked: Path, record: dict[str, object]) -> Path:
+def claim(asked: Path, record: dict[str, object]) -> tuple[Path, str]:
     """The folder for an order's pictures: `asked`, or where that has pictures of another order, the next name that has
-    none (`asked_2`, ...). One that has some of the same order's is gone on with."""
+    none (`asked_2`, ...). One that has some of the same order's is gone on with, in the form of CLIP's products that
+    these were drawn with, to the last bit; gives that too."""
     asked = asked if asked.name not in ("", "..") else asked.resolve()
     if not asked.name:
         raise UserError(f"--out {asked}: give a folder below it")
@@ -139,7 +142,7 @@ def claim(asked: Path, record: dict[str, object]) -> Path:
         folder = asked.with_name(f"{asked.name}_{number}")
     if folder != asked:
         print(f"{asked} has files of something else, which stay as they are; the pictures go to {folder}")
-    return folder
+    return folder, (_read_record(folder / RECORD) or record).get("products", EARLIER)
 
 
 def draw_into(
@@ -244,7 +247,8 @@ def _take(folder: Path, record: dict[str, object]) -> bool:
     try:
         file = open(path, "x")  # of two commands that begin together one makes it
     except FileExistsError:
-        return _read_record(path) == record
+        there = _read_record(path)
+        return isinstance(there, dict) and {**there, "products": record["products"]} == record
     try:
         with file:
             json.dump(record, file, indent=1)

@@ -85,7 +85,8 @@ class Scorer:
         for name in dict.fromkeys(METRICS[name].space for name in asked if METRICS[name].space):
             users = [metric for metric in asked if METRICS[metric].space == name]
             try:
-                self.spaces[name] = SPACES[name](config, self.judge)
+                # DAMSM is no judge's: it may be made with the generator's CLIP.
+                self.spaces[name] = SPACES[name](config, clip if name == "damsm" else self.judge)
             except MissingWeights as error:
                 self.missing += users
                 if distributed.rank() == 0:
@@ -137,6 +138,7 @@ class Scorer:
                 for space in spaces:
                     if space.name not in scored.features:
                         scored.features[space.name] = space(scored.images)
+                    scored.features.update(space.also(scored.features[space.name], scored.captions))
             with stages("statistics"):
                 for metric in metrics:
                     metric.update(scored)
@@ -300,7 +302,8 @@ class Evaluator:
         where = devices.send(torch.from_numpy(np.array(rows)), place)
         images = generate(generator, padded(noise), padded(self.sentences[where]), self.precision)[: len(numbers)]
         texts = [self.table.texts[row] for row in rows]
-        return Scored(torch.from_numpy(np.array(numbers)), images, texts, self.judged[where])
+        items = torch.from_numpy(np.searchsorted(self.table.starts, rows, side="right"))  # from 1: only to tell apart
+        return Scored(torch.from_numpy(np.array(numbers)), images, texts, self.judged[where], items=items)
 
 
 def judge_of(config: EasyDict, clip: FrozenClip) -> FrozenClip:

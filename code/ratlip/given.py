@@ -122,7 +122,7 @@ def _real(evaluator: Evaluator) -> Iterator[Scored]:
             rows = torch.tensor([evaluator.row(sample) for sample in samples.tolist()])
             texts, sentences = [table.texts[row] for row in rows], evaluator.judged[devices.send(rows, place)]
             known = {name: values[on_device] for name, values in features.items()}
-            scored = Scored(samples, images[on_device], texts, sentences, known)
+            scored = Scored(samples, images[on_device], texts, sentences, known, numbers[kept])
             yield scored
             features = features or scored.features  # of all: the first turn leaves none out
 

@@ -15,6 +15,7 @@ from ratlip.data.loader import BATCH_SIZE, batch_size_for
 from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.errors import UserError
 from ratlip.evaluation import Scorer, check_counts
+from ratlip.sampling import choose_products
 
 SPLITS = ("train", "test")
 
@@ -110,6 +111,7 @@ def embed_captions(config: EasyDict, items: dict[str, list[Item]]) -> FrozenClip
     end; gives the CLIP that scores will compare with."""
     clip = build.clip_of(config).to(device.choose(config.train.device))
     encoder = build.text_encoder_of(config, clip)
+    choose_products(clip, config)
     counts = []
     for split, own in items.items():
         table = captions.CaptionTable([item.captions for item in own])
@@ -128,6 +130,13 @@ def embed_captions(config: EasyDict, items: dict[str, list[Item]]) -> FrozenClip
 
 
 def write_statistics(config: EasyDict, clip: FrozenClip, items: list[Item]) -> None:
-    """Measure the real test pictures for each metric of `eval.metrics` that compares with them, unless it is there."""
-    for reference in Scorer(config, clip, items).references.values():
+    """Measure the real test pictures for each metric of `eval.metrics` that compares with them, unless it is there; and
+    let the judge, where it is another CLIP, encode their captions."""
+    scorer = Scorer(config, clip, items)
+    for reference in scorer.references.values():
         print(f"statistics          {reference.source}")
+    if scorer.judge is not clip:
+        captions.embed(
+            captions.CaptionTable([item.captions for item in items]), scorer.judge, cache_folder(config.data)
+        )
+        print(f"judge's captions    {cache_folder(config.data)}, by {scorer.judge.name}")

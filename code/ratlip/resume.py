@@ -9,6 +9,7 @@ from easydict import EasyDict
 
 from ratlip import checkpoint, distributed, runs
 from ratlip import config as configuration
+from ratlip import device as devices
 from ratlip.encoders import TextEncoder, damsm
 from ratlip.encoders.clip_towers import FrozenClip, require_same, trained_with
 from ratlip.errors import UserError
@@ -19,9 +20,11 @@ from ratlip.stopping import restarted
 
 # Settings that decide the networks' shapes or meaning: a checkpoint has been made with them and cannot change.
 FIXED = re.compile(
-    r"model\.(?!shipped$|d_start$|noise_scale$)|ratgan\.(?!g_start$)|clip\.(?!(weights|source|activation|insist)$)|"
-    r"text\.encoder$"
+    r"model\.(?!shipped$|d_start$|noise_scale$)|ratgan\.(?!g_start$)|text\.encoder$|"
+    r"clip\.(?!(weights|source|activation|products|insist)$)"
 )
+
+MEASURED = ("train.precision", "clip.products")  # settings that the machine decides at the beginning (ratlip.choices)
 
 
 @dataclass
@@ -76,6 +79,7 @@ def decide(config: EasyDict, words: list[str]) -> Start:
         try:
             start = _choose(config, words, lease)
             start.settings = _settings(config, start) | {"train.resume": None}
+            start.settings |= _as_begun(config, start)
         except BaseException:
             for held in lease:
                 held.release()
@@ -116,7 +120,7 @@ def check(config: EasyDict, content: dict, clip: FrozenClip, encoder: TextEncode
         UserError: the networks, CLIP, or the number of steps in an epoch would be others.
     """
     now = configuration.settings_of(config)
-    then = {**configuration.default_settings(), **content["config"]}
+    then = {**configuration.default_settings(), **_chosen(content["config"], config)}
     changed = [key for key in now if key in then and now[key] != then[key] and key not in configuration.OF_A_START]
     for key in changed:
         if FIXED.match(key):
@@ -238,3 +242,20 @@ def _settings(config: EasyDict, start: Start) -> dict:
     changed = {key: value for key, value in said.items() if value != then.get(key, defaults[key])}
     of_this_start = {key: said[key] for key in configuration.OF_A_START}
     return {**own, **changed, **of_this_start, "log.save_dir": now["log.save_dir"], **config.origin.words}
+
+
+def _as_begun(config: EasyDict, start: Start) -> dict:
+    """What the machine decided when the run began, of the settings that are still "auto"; words may ask anew."""
+    if not start.place:
+        return {}
+    then = _chosen(checkpoint.read(start.checkpoint, mmap=True)["config"], config)
+    return {key: then[key] for key in MEASURED if start.settings[key] == "auto" and key not in config.origin.words}
+
+
+def _chosen(kept: dict, config: EasyDict) -> dict:
+    """A checkpoint's settings, with what programs that measured nothing took for "auto"."""
+    if "clip.products" in kept:
+        return kept
+    place = devices.choose(config.train.device)
+    precision = devices.choose_precision(kept.get("train.precision", "auto"), place)
+    return {**kept, "train.precision": precision, "clip.products": "convolution"}

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from easydict import EasyDict
 from torch import Tensor, nn
 
-from ratlip import build, checkpoint, released, runs
+from ratlip import build, checkpoint, choices, released, runs
 from ratlip import config as configuration
 from ratlip import device as devices
 from ratlip.encoders import TextEncoder, damsm
@@ -121,6 +122,24 @@ def find_checkpoint(config: EasyDict) -> Path:
     )
 
 
+def choose_products(clip: FrozenClip, config: EasyDict) -> None:
+    """Set the form of CLIP's products for drawing and scoring: as the user says, else the one that is faster here. What
+    a run took where it was trained is of no matter, since they agree to rounding."""
+    origin = config.get("origin")
+    asked = {**origin.stated, **origin.words}.get("clip.products", "auto") if origin else config.clip.products
+    choices.settle_products(clip, asked, config.eval.batch_size, clip.mean.device)
+
+
+def own_precision(path: str | Path) -> str:
+    """The precision that a checkpoint's run trained and was evaluated in, wherever it is used now; "fp32" where it does
+    not say, as those of other programs and of earlier ones that took what the machine had."""
+    with suppress(UserError):  # other formats
+        content = checkpoint.read(path, mmap=True)
+        if content.get("format") == checkpoint.FORMAT:
+            return content["config"].get("train.precision", "auto").replace("auto", "fp32")
+    return "fp32"
+
+
 def load_generator(config: EasyDict, path: str | Path) -> tuple[nn.Module, FrozenClip, TextEncoder, str]:
     """The generator of a checkpoint, ours or a released one, in eval mode on the CPU; averaged weights if it has any.
 
@@ -138,6 +157,8 @@ def load_generator(config: EasyDict, path: str | Path) -> tuple[nn.Module, Froze
         return _released_generator(config, content, path)
     if content.get("format") != checkpoint.FORMAT:
         raise UserError(checkpoint.UNKNOWN.format(path))
+    if "generator" not in content:
+        raise UserError(f"{path} holds no generator: it is a pair of encoders, of pretrain.sh")
     # A checkpoint from before a setting existed was made with what is its default now.
     own = EasyDict(configuration.unflatten(configuration.from_kept(content["config"])))
     own.clip.update(_whereabouts(own, config, "clip", ("source", "weights", "activation")))
@@ -145,6 +166,7 @@ def load_generator(config: EasyDict, path: str | Path) -> tuple[nn.Module, Froze
     own.data = config.data
     clip = build.clip_of(own)
     said = require_same(clip, trained_with(content), str(path), config.clip.insist)
+    choose_products(clip, config)
     encoder = build.text_encoder_of(own, clip)
     if content.get("text"):
         damsm.require_same(encoder, content["text"], str(path))
@@ -162,6 +184,7 @@ def _released_generator(config: EasyDict, content: dict, path: str | Path) -> tu
     """`load_generator` of a published file."""
     sees = released.reads_clip(content)
     clip = build.clip_of(EasyDict({**config, "clip": {**config.clip, "preprocess": "released"}}) if sees else config)
+    choose_products(clip, config)
     generator, _, info = released.load_networks(content, clip, path)
     if generator is None:
         raise UserError(f"{path} holds no netG to sample from")
@@ -170,10 +193,11 @@ def _released_generator(config: EasyDict, content: dict, path: str | Path) -> tu
         return generator, clip, clip, f"{path}: {released.describe(info)}"
     encoder = build.text_encoder_of(config, clip)
     if encoder.embedding_dim != info["cond_dim"]:
+        name = info["system"].lower().replace("-", "")
         raise UserError(
-            f"{path} is a released {info['system']} of sentence vectors of {info['cond_dim']} numbers, here they have "
-            f"{encoder.embedding_dim}: set model.name={info['name']} text.encoder=damsm, and text.weights and "
-            "text.vocabulary to the encoder that it was trained with"
+            f"{path} is a released {info['system']}, of sentence vectors of {info['cond_dim']} numbers; here they have "
+            f"{encoder.embedding_dim}: set model.name={name} text.encoder=damsm, and text.weights and text.vocabulary "
+            "to the encoder that it was trained with"
         )
     return generator, clip, encoder, f"{path}: {released.describe(info)}"
 

@@ -16,21 +16,21 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam
 from torch.utils.data import DataLoader
 
-from ratlip import build, checkpoint, distributed, resume, runs
+from ratlip import build, checkpoint, choices, distributed, resume, runs
 from ratlip import config as configuration
 from ratlip import device as devices
-from ratlip.course import Course, draw_course
+from ratlip.course import Course
 from ratlip.data import captions
 from ratlip.data.inventory import cache_folder, usable_items
 from ratlip.data.loader import Batch, Draw, EpochBatches, TrainingImages, shard_numbers, to_floats, training_loader
 from ratlip.encoders import TextEncoder
-from ratlip.evaluation import Evaluator, Scorer, scores_table
+from ratlip.evaluation import Evaluator, Scorer
 from ratlip.guard import Guard
 from ratlip.monitor import Monitor
 from ratlip.paths import command
 from ratlip.preparation import check_size
 from ratlip.profiling import Trace
-from ratlip.stopping import Stop, Stopped, end_workers
+from ratlip.stopping import Stop
 from ratlip.systems import SYSTEMS
 from ratlip.systems.system import Phase, Step, System
 
@@ -54,6 +54,7 @@ class Training:
     guard: Guard = field(init=False)  # against steps that are not finite; counts them
     step: int = 0
     epoch: int = 0  # finished epochs
+    measured: str = ""  # by which `precision` and the form of CLIP's products were chosen
     run: runs.Run | None = None  # that its checkpoints belong to
     in_step: bool = False  # then the networks are none that a checkpoint may hold
 
@@ -74,6 +75,11 @@ class Training:
         if self.settings.compile:
             mode = "reduce-overhead" if place.type == "cuda" else None  # with CUDA graphs
             system.compile(partial(devices.compiled, mode=mode))
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it is."""
+        return self.sentences.device
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -202,12 +208,13 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     """Data, CLIP and networks of a configuration, on this process's device, before the first step."""
     local_rank = distributed.start()
     place = devices.choose(config.train.device, local_rank)
-    precision = devices.choose_precision(config.train.precision, place)
     with distributed.first_process_first():  # before CLIP, which may be a long download, is asked for
         items, test_items = (usable_items(config, split) for split in ("train", "test"))
     check_size(config, {"train": items, "test": test_items}, distributed.world_size())
     torch.manual_seed(config.train.seed)
     clip = build.clip_of(config).to(place)
+    share = -(-config.train.batch_size // distributed.world_size())
+    measured = [choices.settle_products(clip, config.clip.products, share, place, learning=True)]
     table = captions.CaptionTable([item.captions for item in items])
     with distributed.first_process_first():
         encoder = build.text_encoder_of(config, clip)
@@ -226,7 +233,7 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     reading = (config.data.enlarge, config.data.flip, config.train.seed, config.data.fit)
     images = TrainingImages(items, config.model.imsize, *reading)
     loader = training_loader(images, batches, config.data.num_workers, pin=place.type == "cuda")
-    evaluator = Evaluator(Scorer(config, clip, test_items), test_items, precision, encoder)
+    evaluator = Evaluator(Scorer(config, clip, test_items), test_items, encoder=encoder)
     clip.drop_text_tower()
 
     kind = SYSTEMS[config.model.name]
@@ -237,8 +244,14 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
         ema = kind.make_generator(config, clip, encoder).to(place).eval().requires_grad_(False)
         ema.load_state_dict(system.generator.state_dict())
     devices.keep_freed_memory()  # from here on; what loading took has been given back
+    asked = config.train.precision
+    precision, times = choices.settle_precision(asked, system, sentences[:share], place)
+    evaluator.precision, measured = precision, "; ".join(filter(None, [times, *measured]))
+    # What was chosen is a setting from here on: the run goes on with it, whatever would be faster then.
+    config.train.precision, config.clip.products = precision, clip.products
     total_steps = len(batches) * config.train.max_epoch
     training = Training(config.train, system, ema, sentences.to(place), precision, total_steps, encoder)
+    training.measured = measured
     return training, batches, loader, evaluator
 
 
@@ -277,13 +290,13 @@ def _train(config: EasyDict, start: resume.Start, words: list[str], started: flo
     monitor = Monitor(start.run, config, t.epoch if scores else -1, t.step, len(batches))
     trace = Trace(config.train.profile, monitor.folder)
     distributed.say(
-        f"{config.model.name} on {t.sentences.device} in {t.precision}: {len(loader.dataset)} training images, "
+        f"{config.model.name} on {t.sentences.device} in {t.precision}, CLIP's products as {t.clip.products}"
+        f"{f' (measured: {t.measured})' if t.measured else ''}: {len(loader.dataset)} training images, "
         f"{len(batches)} steps an epoch, epochs: {config.train.max_epoch}; logs in {monitor.folder}"
     )
     if t.epoch >= config.train.max_epoch:
         distributed.say(f"nothing left to train: {t.epoch} epochs are done; raise train.max_epoch to go on")
     again = f"{command('resume.sh')} {runs.quoted(t.run)}"
-    failure = None
     stop = Stop(config.train.max_hours, started)  # until here a signal ends the program: there is nothing to save
     course = Course(
         t,
@@ -299,28 +312,7 @@ def _train(config: EasyDict, start: resume.Start, words: list[str], started: flo
         scores=scores,
         folder=save_folder,
     )
-    try:
-        course.begin()
-        while t.epoch < config.train.max_epoch:
-            course.steps()
-            course.finish_epoch()
-    except (Exception, Stopped) as cause:
-        failure = course.leave(cause, again)
-        if failure is None:
-            draw_course(t, monitor)
-    else:
-        distributed.say(f"\n{scores_table(course.scores)}\n")
-        monitor.hparams(course.scores["end"])
-        draw_course(t, monitor)
-    finally:
-        trace.close()
-        if t.run.lost:
-            monitor.active = False  # nothing more is written, whatever it still holds
-        monitor.close()
-        stop.close()
-        end_workers()
-    if failure is not None:
-        raise failure
+    course.run(again)
     distributed.say(f"checkpoints  {save_folder}\nlogs, grids  {monitor.folder}")
     distributed.say(f"minutes      {(time.time() - started) / 60:.1f}")
     distributed.stop()

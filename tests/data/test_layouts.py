@@ -169,7 +169,7 @@ def test_birds_are_cropped_around_their_boxes(split, tmp_path):
     expected = [number for number in range(6) if split_of(number) == split]
     assert [item.key for item in items] == [KEYS["bird"][number] for number in expected]
     for item, number in zip(items, expected, strict=True):
-        x, y, w, h = BOXES[item.key]
+        x, y, w, h = map(int, BOXES[item.key])
         r, cx, cy = int(0.75 * max(w, h)), int(x + w / 2), int(y + h / 2)
         whole = np.array(pixels(number))
         part = whole[max(0, cy - r) : min(30, cy + r), max(0, cx - r) : min(40, cx + r)]

@@ -14,7 +14,7 @@ from ratlip import build, config, drawing
 from ratlip.data.captions import CaptionTable, embed
 from ratlip.data.inventory import usable_items
 from ratlip.encoders import damsm
-from ratlip.encoders.damsm import PAIR, DamsmText, Vocabulary, drawn, load_damsm, words_of
+from ratlip.encoders.damsm import DamsmText, Vocabulary, drawn, load_damsm, words_of
 from ratlip.errors import UserError
 from ratlip.evaluation import Evaluator, Scorer
 from ratlip.sampling import embed_captions
@@ -56,7 +56,7 @@ def small(tmp_path) -> Path:
     torch.manual_seed(3)
     words = ["<end>", *COLOURS]
     path = tmp_path / "pair.pth"
-    torch.save({"format": PAIR, "vocabulary": words, "text": DamsmText(Vocabulary(words)).state_dict()}, path)
+    torch.save({"vocabulary": words, "text": DamsmText(Vocabulary(words)).state_dict()}, path)
     return path
 
 
@@ -70,7 +70,7 @@ def test_published_files_answer_as_released(published, dfgan, attngan):
     assert relative_error(torch.cat([words[:, :16], words[:, 128:144]], dim=1), dfgan["txt.words"]) < 1e-5
     assert torch.equal(words[1, :, 7:], torch.zeros(256, 11))
     for row, length in enumerate([18, 7, 7, 1, 12]):  # none depends on its neighbours
-        assert relative_error(encoder.text(ids[row : row + 1])[1], words[row : row + 1, :, :length]) < 1e-5
+        assert relative_error(encoder.text(ids[row : row + 1, :length])[1], words[row : row + 1, :, :length]) < 1e-5
     assert torch.equal(encoder.tokenize(["word2999 unheard word1329"]), ids[:1, :2])
 
     random = np.random.RandomState(zlib.crc32(b"developers:input.tokens"))
@@ -228,11 +228,9 @@ def test_damsm_conditions_and_clip_judges(demo_folder, data_words, tmp_path):
     assert build.text_encoder_of(made, clip) is clip
     vocabulary = Vocabulary.of(caption for item in items for caption in item.captions)
     torch.manual_seed(0)
-    torch.save(
-        {"format": PAIR, "vocabulary": vocabulary.words, "text": DamsmText(vocabulary).state_dict()}, tmp_path / "p.pth"
-    )
-    words = ("text.encoder=damsm", f"text.weights={tmp_path}/p.pth", "text.words=5", "train.seed=4")
-    made = config.load(*_split(data_words(demo_folder, "eval.metrics=[clip_score]", *TINY_RUN, *words)))
+    torch.save({"vocabulary": vocabulary.words, "text": DamsmText(vocabulary).state_dict()}, tmp_path / "p.pth")
+    made.text.update(encoder="damsm", weights=str(tmp_path / "p.pth"), words=5)
+    made.train.seed = 4
     encoder = build.text_encoder_of(made, clip)
     assert (encoder.words, encoder.seed) == (5, 4)
     generator = Echo()

@@ -5,7 +5,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
@@ -103,14 +103,14 @@ def embed(table: CaptionTable, encoder: TextEncoder, cache: Path | None = None, 
     place = {text: i for i, text in enumerate(distinct)}
     order = [place[text] for text in table.texts]
     if cache is None:
-        encoder.check(table.texts, lambda row: _place(table, row, items))
+        encoder.check(table.texts, partial(caption_place, table, items))
         table.cut = encoder.cut(table.texts)
         return _encode(distinct, encoder, None)[order]
     path = cache / f"captions_{_fingerprint(table.texts, encoder)}.pt"
     rows = path.with_suffix(".rows")  # those encoded so far
     if (kept := _read(path, len(order))) is not None:
         return _take(kept, table, encoder)
-    encoder.check(table.texts, lambda row: _place(table, row, items))
+    encoder.check(table.texts, partial(caption_place, table, items))
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with open(os.open(rows, os.O_RDWR | os.O_CREAT, 0o666), "rb+") as file:
@@ -133,7 +133,7 @@ def say_cut(table: CaptionTable, encoder: TextEncoder, what: str) -> None:
         distributed.say(f"{count} {longer}; the first: {first!r}")
 
 
-def _place(table: CaptionTable, row: int, items: Sequence[Item]) -> str:
+def caption_place(table: CaptionTable, items: Sequence[Item], row: int) -> str:
     """Where a caption row is from, for messages."""
     image = int(np.searchsorted(table.starts, row, side="right")) - 1
     return f"{items[image].place if items else f'image {image + 1}'}, caption {row - table.starts[image] + 1}"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from easydict import EasyDict
 
 from ratlip import distributed
-from ratlip.data import parquet, shards
+from ratlip.data import lafite, parquet, shards
 from ratlip.data.files import counted
 from ratlip.data.items import LEFT_OUT
 from ratlip.data.journal import Journal, complete, file_state
@@ -44,7 +44,7 @@ class Stock(NamedTuple):
 
 def cache_folder(data: EasyDict) -> Path:
     """Where what is found out about a data set is kept: `cache` in its folder, or in that of its shards or files."""
-    files = data.layout in ("webdataset", "parquet") and not Path(data.dir).is_dir()
+    files = data.layout in ("webdataset", "parquet", "lafite") and not Path(data.dir).is_dir()
     return (shards.folder(data.dir) if files else Path(data.dir)) / "cache"
 
 
@@ -65,6 +65,8 @@ def take_stock(data: EasyDict, split: str) -> Stock:
         items, problems = shards.read_shards(data, split, cache)
     elif data.layout == "parquet":
         items, problems = parquet.read_parquet(data, split, cache)
+    elif data.layout == "lafite":
+        items, problems = lafite.read_lafite(data, split)
     else:
         items, problems = read_items(data.layout, Path(data.dir), split)
     journal = Journal(cache / f"images_{split}.jsonl", CHECK)

@@ -268,15 +268,33 @@ def _pickled_keys(root: Path, layout: Layout, split: str) -> tuple[Path, list[st
     return path, [key.strip() for key in keys]
 
 
+def read_classes(layout_name: str, root: Path, split: str) -> dict[str, int]:
+    """The class of each key of a split, from the class_info.pickle beside its list of keys; {}: there is none.
+
+    Raises:
+        UserError: it does not fit the list.
+    """
+    layout = LAYOUTS.get(layout_name)
+    path = (root / layout.keys.format(split=split)).with_name("class_info.pickle") if layout else None
+    if path is None or not path.is_file():
+        return {}
+    keys, classes = _pickled_keys(root, layout, split), checkpoint.read_pickle(path)
+    try:
+        return dict(zip(keys, map(int, classes), strict=True))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: expected a class, a number, for each of {len(keys):,} keys ({error})") from None
+
+
 def _read_boxes(folder: Path) -> dict[str, tuple[float, float, float, float]]:
-    """CUB's bounding boxes by key, from its images.txt (id path) and bounding_boxes.txt (id x y width height)."""
+    """CUB's bounding boxes by key, from its images.txt (id path) and bounding_boxes.txt (id x y width height), the
+    numbers cut to whole ones as AttnGAN's program and those after it read them."""
     path = folder / "bounding_boxes.txt"
     keys = {number: re.sub(r"\.\w+$", "", name) for number, name in _numbered_lines(folder / "images.txt").items()}
     boxes = {}
     for number, numbers in _numbered_lines(path).items():
         try:
-            x, y, width, height = map(float, numbers.split())
-        except ValueError:
+            x, y, width, height = (float(int(float(number))) for number in numbers.split())
+        except (ValueError, OverflowError):
             raise UserError(f"{path}: image {number}: expected x y width height, not {numbers!r}") from None
         boxes[keys.get(number)] = (x, y, width, height)
     return boxes

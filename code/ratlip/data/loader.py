@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -287,6 +288,30 @@ def to_floats(images: Tensor) -> Tensor:
         return images
     # A GPU would multiply by the rounded inverse of a plain number.
     return images.float().div_(torch.full((), 127.5, device=images.device)).sub_(1)
+
+
+def reduced(images: Tensor, size: int) -> Tensor:
+    """Square pictures (B, 3, S, S) of bytes -> (B, 3, size, size), size <= S, bit for bit as Pillow resizes them
+    (bilinear, which averages over what a pixel covers), on any device."""
+    weights = devices.send(pillow_weights(images.shape[-1], size), images.device)
+    x = images.double()  # in which the integers are exact
+    for product in (lambda x: x @ weights.T, lambda x: weights @ x):  # along rows first, rounded in between
+        x = product(x).add_(0.5).floor_().clamp_(0, 255)
+    return x.to(torch.uint8)
+
+
+@cache
+def pillow_weights(side: int, size: int) -> Tensor:
+    """Pillow's bilinear weights for a reduction from `side` to `size` pixels (size, side), float64: triangles as wide
+    as two pixels of the result, rounded to multiples of 2^-22."""
+    scale = side / size
+    centres = (np.arange(size)[:, None] + 0.5) * scale
+    places = np.arange(side)
+    weights = np.maximum(0, 1 - np.abs(places + 0.5 - centres) / scale)
+    within = (places >= np.trunc(centres - scale + 0.5)) & (places < np.trunc(centres + scale + 0.5))
+    weights = np.where(within, weights, 0)
+    weights /= weights.sum(1, keepdims=True)
+    return torch.from_numpy(np.floor(weights * 2**22 + 0.5) / 2**22)
 
 
 def shard_numbers(items: Sequence[Item]) -> np.ndarray | None:

@@ -75,6 +75,7 @@ class FrozenClip(nn.Module):
         )
         self.prompt_blocks = _blocks("clip.prompt_blocks", prompt_blocks, default_prompt_blocks(self.depth), self.depth)
         self.preprocess = preprocess
+        self.products = "linear"  # how matrix products are computed; ratlip.choices sets what is fastest here
         heads = [tower.resblocks[0].attn.num_heads for tower in (visual.transformer, model.transformer)]
         self.settings = {
             "activation": activation_of(model),
@@ -158,7 +159,7 @@ class FrozenClip(nn.Module):
         model = self.clip
         x = model.token_embedding(tokens) + model.positional_embedding[: tokens.shape[1]]  # (B, L, W)
         for block in model.transformer.resblocks:
-            x = transformer_block(block, x, causal=True)
+            x = transformer_block(block, x, causal=True, linear=self.linear)
         words = model.ln_final(x)
         end_of_text = words[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=1)]  # the largest id
         return end_of_text @ model.text_projection, words
@@ -178,6 +179,13 @@ class FrozenClip(nn.Module):
         tokens, maps = self._run(self._patches(images), range(self.depth), class_token)
         visual = self.clip.visual
         return torch.stack(maps, dim=1), visual.ln_post(tokens[:, 0]) @ visual.proj
+
+    def regions(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] -> the last block's patch tokens, normalised and projected as the class token
+        is (B, E, g, g), and the embedding (B, E)."""
+        visual = self.clip.visual
+        tokens = visual.ln_post(self._run(self._patches(images), range(self.depth))[0]) @ visual.proj
+        return self._to_map(tokens[:, 1:]), tokens[:, 0]
 
     def feature_maps(self, images: Tensor) -> Tensor:
         """The feature maps of `image` alone; blocks above the last one that is read do not run."""
@@ -203,6 +211,10 @@ class FrozenClip(nn.Module):
             )
         return (images - self.mean) / self.std
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """F.linear, in the form that `products` names."""
+        return PRODUCTS[self.products](x, weight, bias)
+
     def _patches(self, images: Tensor) -> Tensor:
         return self.clip.visual.conv1(self.clip_input(images)).flatten(2).transpose(1, 2)  # (B, g*g, W)
 
@@ -219,7 +231,8 @@ class FrozenClip(nn.Module):
             wanted = slice(0, 1 + self.grid**2)  # not the prompt
             if last and i == blocks[-1] and i not in self.feature_blocks:
                 wanted = last
-            x = transformer_block(block, torch.cat([x, prompts[i][:, None]], dim=1) if i in prompts else x, wanted)
+            tokens = torch.cat([x, prompts[i][:, None]], dim=1) if i in prompts else x
+            x = transformer_block(block, tokens, wanted, linear=self.linear)
             if i in self.feature_blocks:
                 maps.append(self._to_map(x[:, 1:]))
         return x, maps
@@ -228,9 +241,15 @@ class FrozenClip(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (B, W, g, g)
 
 
-def transformer_block(block: nn.Module, x: Tensor, wanted: slice = slice(None), causal: bool = False) -> Tensor:
+def transformer_block(
+    block: nn.Module,
+    x: Tensor,
+    wanted: slice = slice(None),
+    causal: bool = False,
+    linear: Callable[..., Tensor] = F.linear,
+) -> Tensor:
     """One pre-norm block over x (B, L, W), with CLIP's weights, for the tokens `wanted` of it; attention without
-    storing the (L, L) matrix."""
+    storing the (L, L) matrix. `linear`: F.linear, in whichever form."""
     attention, normed = block.attn, block.ln_1(x)
     width = x.shape[-1]
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
@@ -241,16 +260,18 @@ def transformer_block(block: nn.Module, x: Tensor, wanted: slice = slice(None), 
     )  # each (B, heads, L, W / heads)
     attended = _attend(q, k, v, causal).transpose(1, 2).flatten(2)
     x = x[:, wanted] + linear(attended, attention.out_proj.weight, attention.out_proj.bias)
-    return _add_mlp(x, block.ln_2(x), block.mlp)
+    return _add_mlp(x, block.ln_2(x), block.mlp, linear)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear of x (B, L, I), weight (O, I) and bias (O,) -> (B, L, O)."""
-    if x.device.type != "cpu":
+def as_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear of x (B, L, I), weight (O, I) and bias (O,) -> (B, L, O), on a CPU in full precision as a 1x1
+    convolution. That PyTorch gives to oneDNN, and products to MKL: which is faster differs between processors."""
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):  # oneDNN's in either form
         return F.linear(x, weight, bias)
-    # As a 1x1 convolution, which PyTorch gives to oneDNN. Products in float32 go to MKL, which takes more than twice as
-    # long on AMD's processors.
     return F.conv2d(x.transpose(1, 2).unsqueeze(2), weight[:, :, None, None], bias).squeeze(2).transpose(1, 2)
+
+
+PRODUCTS = {"linear": F.linear, "convolution": as_convolution}  # forms of clip.products; the published one first
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -261,7 +282,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
-def _add_mlp(x: Tensor, normed: Tensor, mlp: nn.Module) -> Tensor:
+def _add_mlp(x: Tensor, normed: Tensor, mlp: nn.Module, linear: Callable[..., Tensor]) -> Tensor:
     """x + mlp(normed), all (B, L, W)."""
     if type(mlp.gelu).__name__ != "QuickGELU":
         return x + mlp(normed)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ratlip import checkpoint
 from ratlip import device as devices
@@ -20,7 +19,6 @@ from ratlip.paths import full
 from ratlip.released.weights import fill, need, tensors
 
 END = "<end>"  # word 0, which fills captions up; no caption holds it
-PAIR = "ratlip-damsm-1"  # stands under "format" in a file of an encoder with its vocabulary
 PUBLISHED = ("captions_DAMSM.pickle", "captions.pickle")  # vocabularies in the data folders of DF-GAN and of AttnGAN
 EMBEDDING, HIDDEN, DROPOUT = 300, 128, 0.5  # word vectors, the LSTM in each direction
 BELONG = (
@@ -154,22 +152,27 @@ class DamsmText(nn.Module):
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Token ids of `tokenize` -> sentences (B, 256), on the encoder's device."""
-        return self.text(tokens)[0]
+        return self.text(devices.send(tokens, self.encoder.weight.device))[0]
 
     def text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids (B, T) on the CPU, each caption with a word at least -> sentences (B, 256), words (B, 256, T).
+        """Token ids (B, T), 0 after the end, each with a word at least -> sentences (B, 256), words (B, 256, T).
 
         A sentence is the last state of the forward direction and of the backward one, which begins at the caption's
-        last word; words are the states at each, zero after the end. T is the longest caption's length.
+        last word; words are the states at each, zero after the end.
         """
-        place = self.encoder.weight.device
-        lengths, order = tokens.ne(0).sum(1).sort(descending=True, stable=True)  # as packing wants them
-        embedded = self.encoder(devices.send(tokens[order, : lengths[0]], place))  # (B, T, 300)
-        embedded = F.dropout(embedded, DROPOUT, self.training)
-        states, (last, _) = self.rnn(pack_padded_sequence(embedded, lengths, batch_first=True))
-        words, _ = pad_packed_sequence(states, batch_first=True)  # (B, T, 256)
-        back = devices.send(order.argsort(), place)
-        return last.transpose(0, 1).flatten(1)[back], words[back].transpose(1, 2)
+        real = tokens.ne(0)
+        lengths, count = real.sum(1, keepdim=True), tokens.shape[1]
+        embedded = F.dropout(self.encoder(tokens), DROPOUT, self.training)  # (B, T, 300)
+        # Packed sequences want lengths that the host knows, for which it would wait. So: captions that begin together
+        # for the forward direction, and captions that end together for the backward one.
+        places = torch.arange(count, device=tokens.device)
+        late, early = ((places + sign * (count - lengths)) % count for sign in (-1, 1))  # (B, T)
+        states, _ = self.rnn(torch.cat([embedded, embedded.take_along_dim(late[:, :, None], 1)]))  # (2 B, T, 256)
+        forward, backward = states[: len(tokens), :, :HIDDEN], states[len(tokens) :, :, HIDDEN:]
+        backward = backward.take_along_dim(early[:, :, None], 1)
+        last = forward.take_along_dim(lengths[:, :, None] - 1, 1)[:, 0]
+        words = torch.cat([forward, backward], dim=2) * real[:, :, None]  # (B, T, 256)
+        return torch.cat([last, backward[:, 0]], dim=1), words.transpose(1, 2)
 
 
 def load_damsm(weights: str | None, vocabulary: str | None, data: Path, words: int = 18, seed: int = 0) -> DamsmText:
@@ -187,7 +190,7 @@ def load_damsm(weights: str | None, vocabulary: str | None, data: Path, words: i
         missing = f"no file {full(weights)} (text.weights)" if weights else "text.weights names no file"
         raise UserError(f"text.encoder=damsm: {missing}; {BELONG}; text.encoder=clip needs none")
     content = checkpoint.read(weights)
-    if content.get("format") == PAIR:
+    if "vocabulary" in content:
         if vocabulary is not None:
             raise UserError(f"text.vocabulary: {weights} holds its own vocabulary; leave {vocabulary} out")
         known, content = Vocabulary(content["vocabulary"], str(weights)), content["text"]

@@ -18,6 +18,7 @@ class Scored:
     captions: Sequence[str] | None  # B texts; None where pictures came without
     sentences: Tensor | None  # (B, E) the captions' embeddings by the evaluation's CLIP
     features: dict[str, Tensor] = field(default_factory=dict)  # (B, D) float32 by space (metrics/features.py)
+    items: Tensor | None = None  # (B,) int64 on the CPU: whose captions they are, of the test split; None: each its own
 
 
 class Metric(ABC):

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.utils.checkpoint import checkpoint
 
 from ratlip import distributed
@@ -51,15 +50,18 @@ class BatchNorm(nn.BatchNorm2d):
     torch.nn.SyncBatchNorm does this on GPUs only; this does it for any backend, with the gradient through the sums.
     """
 
-    def forward(self, means: Tensor, variances: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, means: Tensor, variances: Tensor, positions: int, samples: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Scale and shift (C,), by the batch; moves the running statistics.
 
         Args:
-            means, variances: (B, C), of the `positions` of each sample's map; of the same B on every process.
+            means, variances: (B, C), of the `positions` of each sample's map.
+            samples: over all processes; None: B is the same on every process.
         """
-        count = len(means) * distributed.world_size()
-        mean = sum_over_processes(means.sum(0)) / count
-        variance = sum_over_processes((variances + (means - mean).square()).sum(0)) / count
+        count = samples or len(means) * distributed.world_size()
+        mean = distributed.sum_with_gradient(means.sum(0)) / count
+        variance = distributed.sum_with_gradient((variances + (means - mean).square()).sum(0)) / count
         with torch.no_grad():
             count *= positions
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
@@ -74,11 +76,6 @@ class BatchNorm(nn.BatchNorm2d):
     def _scale_and_shift(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         scale = self.weight * (variance + self.eps).rsqrt()
         return scale, self.bias - mean * scale
-
-
-def sum_over_processes(x: Tensor) -> Tensor:
-    """The sum of every process's x, with the gradient through it."""
-    return x if distributed.world_size() == 1 else all_reduce(x)
 
 
 class Conv(nn.Module):

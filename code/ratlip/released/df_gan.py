@@ -61,12 +61,12 @@ def load_networks(
             if about_g[name] != about_d[name]:
                 raise UserError(f"netG has {name} {about_g[name]}, netD and netC have {about_d[name]}")
         epoch = checkpoint.get("epoch")
-        return generator, discriminator, {"system": "DF-GAN", "name": "dfgan", "epoch": epoch, **about_d, **about_g}
+        return generator, discriminator, {"system": "DF-GAN", "epoch": epoch, **about_d, **about_g}
     if _has(checkpoint, r"COND_DNET\.|conv_img\.weight"):
         discriminator, info = _ratgan_discriminator(tensors("netD", checkpoint))
-        return None, discriminator, {"system": "RAT-GAN", "name": "ratgan", "epoch": None, **info}
+        return None, discriminator, {"system": "RAT-GAN", "epoch": None, **info}
     generator, info = _ratgan_generator(tensors("netG", checkpoint))
-    return generator, None, {"system": "RAT-GAN", "name": "ratgan", "epoch": None, **info}
+    return generator, None, {"system": "RAT-GAN", "epoch": None, **info}
 
 
 def describe(info: Mapping) -> str:

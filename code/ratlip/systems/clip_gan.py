@@ -12,6 +12,7 @@ from ratlip import losses
 from ratlip.augment import augment
 from ratlip.encoders import TextEncoder
 from ratlip.encoders.clip_towers import FrozenClip
+from ratlip.models.blocks import LARGE
 from ratlip.models.clip_gan.discriminator import Discriminator
 from ratlip.models.clip_gan.generator import Generator
 from ratlip.systems.system import Phase, Step, System, Terms
@@ -67,6 +68,28 @@ class ClipGan(System):
         brighter = rng.uniform(-1, 1, (2, count, 1)) * self.settings.augment_brightness
         real, fake = np.concatenate([shifts, brighter], axis=2, dtype=np.float32)
         return {**noise, "augment_real": real, "augment_fake": fake}
+
+    def parts_of_a_step(self, sentences: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
+        """The generator's blocks, each on maps of the run's shapes; CLIP and the discriminator. Where maps are large it
+        is one image, as training takes these sample by sample, and of the blocks with small and with large maps, which
+        are much alike, only the last is run."""
+        generator, clip, losses = self.generator, self.clip, []
+        sides = zip([clip.grid, *generator.sizes], generator.sizes, strict=False)
+        blocks = [(block, *own) for block, own in zip(generator.blocks, sides, strict=True)]
+        small = [(block, h, size) for block, h, size in blocks if block.conv1.conv.out_channels * size**2 < LARGE]
+        large = blocks[len(small) :]
+        batch, timed = (1, [*small[-1:], large[-1]]) if large else (min(len(sentences), 16), small)
+        for block, h, size in timed:
+            x = torch.ones(batch, block.conv1.conv.in_channels, h, h).to(memory_format=torch.channels_last)
+            affines = [(torch.ones(batch, channels, 1, 1),) * 2 for channels in block.affine_channels]
+            (y,) = block([x.requires_grad_()], size, affines)  # (batch, C, size, size)
+            losses.append((y.float().square().mean(), [x, *block.parameters()]))
+        images = torch.ones(batch, 3, generator.sizes[-1], generator.sizes[-1], requires_grad=True)
+        maps, _ = clip.image(images)
+        discriminator = self.networks["discriminator"]
+        logits = discriminator(maps, torch.ones(batch, clip.embedding_dim))
+        losses.append((logits.float().mean(), [images, *discriminator.parameters()]))
+        return losses
 
     def criticise(self, s: Step) -> Terms:
         """Hinge loss at real, drawn and mismatched pairs, and MA-GP."""

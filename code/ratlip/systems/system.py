@@ -96,6 +96,30 @@ class System:
         """All that is random in a step with `count` images over all processes, a row for each, by name."""
         return {"noise": rng.standard_normal((count, self.generator.noise_dim), dtype=np.float32)}
 
+    def parts_of_a_step(self, sentences: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
+        """The forward pass of what takes most of the time of a step with captions `sentences` (B, E), on the CPU and in
+        eval mode: losses, and what to differentiate each with respect to. By it a precision is chosen
+        (`ratlip.choices`)."""
+        sentences, side = sentences[:4], self.generator.sizes[-1]
+        step = Step(
+            images=torch.zeros(len(sentences), 3, side, side),
+            sentences=sentences.clone(),
+            wrong=sentences.clone(),
+            draws={
+                name: torch.from_numpy(rows)
+                for name, rows in self.draws(np.random.default_rng(0), len(sentences)).items()
+            },
+            number=0,
+            scale=torch.ones(()),
+            watched=[],
+            moved={},
+        )
+        losses = []
+        for phase in self.phases:
+            loss = sum(value * weight for value, weight in phase.loss(step).values())
+            losses.append((loss, [*self.networks[phase.network].parameters()]))
+        return losses
+
     def adam(self, network: str) -> tuple[float, tuple[float, float]]:
         """Learning rate, before any decay, and betas of a network's optimiser."""
         s = self.settings
