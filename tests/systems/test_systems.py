@@ -138,10 +138,13 @@ def test_a_batch_that_is_not_finite_changes_nothing(make):
 
 STEP = """
 import sys
+import clip.model
 import torch
 from ratlip import config, distributed
-from ratlip.trainer import prepare, train_step
+from ratlip.data.loader import to_floats
+from ratlip.trainer import prepare, randomness, train_step
 
+clip.model.LayerNorm.forward = torch.nn.LayerNorm.forward  # OpenAI's own goes through float32
 training, batches, loader, _ = prepare(config.load(sys.argv[2], sys.argv[3:]))
 found = {}
 for name, network in training.networks.items():
@@ -159,8 +162,6 @@ training.sentences = training.sentences.double()
 training.settings.lr_g = training.settings.lr_d = 0.0
 training.ema = None
 batch = next(iter(loader))
-from ratlip.data.loader import to_floats
-from ratlip.trainer import randomness
 draws = {name: value.double() for name, value in randomness(training, len(batch.images)).items()}
 train_step(training, batch._replace(images=to_floats(batch.images).double()), draws)
 for name, network in training.networks.items():
