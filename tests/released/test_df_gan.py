@@ -68,6 +68,7 @@ def gradient_norms(logits: torch.Tensor, *wrt: torch.Tensor) -> torch.Tensor:
 def test_dfgan(size, dfgan_file, dfgan_answers):
     generator, discriminator, info = load_networks(dfgan_file[size], None)
     assert info == {"system": "DF-GAN", "epoch": 1220, "imsize": size, **ABOUT}
+    assert generator.noise_scale == 0.88
     said = f"released DF-GAN, epoch 1220, nf 32, z_dim 100, cond_dim 256, imsize {size}"
     assert released.describe(info) == said
     check_generator(generator, dfgan_answers, STEP[size], "df", str(size))

@@ -41,8 +41,11 @@ def made(standard):
     def made(key: str) -> tuple[Networks, Real, lafite.Draws]:
         name, count, size = SIZES[key]
         if key not in cases:
-            cases[key] = (networks(name, standard), *inputs(name, count, size))
-        return cases[key]
+            n = networks(name, standard)
+            cases[key] = (n, *inputs(name, count, size)), n.generator.mapping.w_avg.clone()
+        case, w_avg = cases[key]
+        case[0].generator.mapping.w_avg.copy_(w_avg)  # phases move it
+        return case
 
     return made
 

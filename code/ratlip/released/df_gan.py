@@ -14,6 +14,7 @@ from ratlip.released.weights import fill, need, tensors
 SYSTEMS = ("DF-GAN", "RAT-GAN")
 # Numbers of a RAT-GAN block's affine layers, in the order in which they are run.
 ORDERS = {4: (0, 1, 2, 3), 6: (0, 1, 4, 2, 3, 5)}
+NOISE_SCALE = 0.88  # with which DF-GAN was sampled and evaluated
 LINEARS = {"0": "linear1", "2": "linear2"}  # of an affine layer
 # Stored but never used: RAT-GAN's LSTM again in each block, layers that its program no longer runs, the last block in
 # place of which the attention critic has another; in both, shortcuts of blocks that keep their width.
@@ -107,7 +108,7 @@ def _dfgan_generator(weights: Mapping[str, Tensor]) -> tuple[Generator, dict]:
         "cond_dim": condition - z_dim,
     }
     _check(info, "netG")
-    generator = Generator(info["imsize"], info["nf"], z_dim, info["cond_dim"])
+    generator = Generator(info["imsize"], info["nf"], z_dim, info["cond_dim"], noise_scale=NOISE_SCALE)
     fill(generator, weights, lambda key: generator_key(key, None), "netG", re.compile(UNUSED))
     return generator, info
 

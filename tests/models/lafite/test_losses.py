@@ -63,3 +63,24 @@ def test_logistic_losses():
     logits = torch.tensor([[0.0], [2.0]])
     assert losses.logistic_real(logits).tolist() == pytest.approx([math.log(2), math.log1p(math.exp(-2))])
     assert losses.logistic_fake(logits).tolist() == pytest.approx([math.log(2), math.log1p(math.exp(2))])
+
+
+def test_autocast_does_not_touch_contrasts_and_gradients():
+    """Around the losses, as the step has it: products stay in the precision that they were made in."""
+    torch.manual_seed(0)
+    a, b = torch.randn(6, 64), torch.randn(6, 64)
+    weight, rows, direction = (
+        torch.randn(48, 512) / 8,
+        torch.randn(2, 5, 512, requires_grad=True),
+        torch.randn(2, 3, 4, 4),
+    )
+
+    def penalties() -> list[torch.Tensor]:
+        with torch.autocast("cpu", enabled=False):
+            drawn = (rows.mean(1) @ weight.t()).unflatten(1, (3, 4, 4))
+        return [losses.contrast(a, b, share=0.5), losses.path_lengths(drawn, rows, direction)]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        low = penalties()
+    for found, expected in zip(low, penalties(), strict=True):
+        assert relative_error(found, expected) < 1e-6

@@ -79,10 +79,9 @@ class Filtered(torch.autograd.Function):
     def forward(ctx, x: Tensor, kernel: Tensor, stride: int, padding: int, transposed: bool) -> Tensor:
         ctx.save_for_backward(kernel)
         ctx.how = stride, padding, transposed
-        each = kernel.expand(x.shape[1], -1, -1, -1)
-        return (F.conv_transpose2d if transposed else F.conv2d)(
-            x, each, stride=stride, padding=padding, groups=x.shape[1]
-        )
+        convolve, each = F.conv_transpose2d if transposed else F.conv2d, kernel.expand(x.shape[1], -1, -1, -1)
+        with torch.autocast(x.device.type, enabled=False):  # on the way back it may be on
+            return convolve(x, each, stride=stride, padding=padding, groups=x.shape[1])
 
     @staticmethod
     def backward(ctx, of_result: Tensor) -> tuple[Tensor | None, ...]:

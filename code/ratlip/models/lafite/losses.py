@@ -23,10 +23,11 @@ def contrast(a: Tensor, b: Tensor, temperature: float = 0.5, share: float = 0.0,
     Returns:
         (B,), to be maximised; of this process's rows.
     """
-    a, b = (F.normalize(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dim=1) for x in (a, b))
+    a, b = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1) for x in (a, b))
     if temperature <= 0:
         return (a * b).sum(1)
 
+    @torch.autocast(a.device.type, enabled=False)
     def of_own(own: Tensor, others: Tensor) -> Tensor:
         similarities = own @ distributed.whole_batch(others).t() / temperature  # (B, N)
         if form == "released":
@@ -60,8 +61,7 @@ def gradient_penalty(logits: Tensor, images: Tensor, scale: float | Tensor = 1.0
     Args:
         scale: a loss scale for float16; the result does not depend on it.
     """
-    (gradient,) = torch.autograd.grad((logits * scale).sum(), images, create_graph=True)
-    return (gradient.float() / scale if gradient.dtype == torch.float16 else gradient / scale).square().sum((1, 2, 3))
+    return _gradient((logits * scale).sum(), images, scale).square().sum((1, 2, 3))
 
 
 def path_lengths(images: Tensor, rows: Tensor, direction: Tensor, scale: float | Tensor = 1.0) -> Tensor:
@@ -73,8 +73,14 @@ def path_lengths(images: Tensor, rows: Tensor, direction: Tensor, scale: float |
         scale: as in `gradient_penalty`.
     """
     y = direction / math.sqrt(images.shape[2] * images.shape[3])
-    (jacobian,) = torch.autograd.grad((images * y).sum() * scale, rows, create_graph=True)
-    return (jacobian / scale).square().sum(2).mean(1).sqrt()
+    return _gradient((images * y).sum() * scale, rows, scale).square().sum(2).mean(1).sqrt()
+
+
+def _gradient(total: Tensor, inputs: Tensor, scale: float | Tensor) -> Tensor:
+    """The gradient of a number by `inputs`, to be differentiated again, without `scale`, which the number has in it."""
+    with torch.autocast(total.device.type, enabled=False):  # each product as it was on the way there
+        (gradient,) = torch.autograd.grad(total, inputs, create_graph=True)
+    return gradient / scale
 
 
 def path_penalty(lengths: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
