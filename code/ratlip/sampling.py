@@ -157,7 +157,7 @@ def load_generator(config: EasyDict, path: str | Path) -> tuple[nn.Module, Froze
         return _released_generator(config, content, path)
     if content.get("format") != checkpoint.FORMAT:
         raise UserError(checkpoint.UNKNOWN.format(path))
-    if "generator" not in content:
+    if "vocabulary" in content:
         raise UserError(f"{path} holds no generator: it is a pair of encoders, of pretrain.sh")
     # A checkpoint from before a setting existed was made with what is its default now.
     own = EasyDict(configuration.unflatten(configuration.from_kept(content["config"])))

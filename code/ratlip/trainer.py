@@ -290,7 +290,7 @@ def _train(config: EasyDict, start: resume.Start, words: list[str], started: flo
     monitor = Monitor(start.run, config, t.epoch if scores else -1, t.step, len(batches))
     trace = Trace(config.train.profile, monitor.folder)
     distributed.say(
-        f"{config.model.name} on {t.sentences.device} in {t.precision}, CLIP's products as {t.clip.products}"
+        f"{config.model.name} on {t.sentences.device} in {t.precision}, CLIP's products as {t.system.clip.products}"
         f"{f' (measured: {t.measured})' if t.measured else ''}: {len(loader.dataset)} training images, "
         f"{len(batches)} steps an epoch, epochs: {config.train.max_epoch}; logs in {monitor.folder}"
     )

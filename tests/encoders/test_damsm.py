@@ -249,7 +249,7 @@ def test_damsm_conditions_and_clip_judges(demo_folder, data_words, tmp_path):
     assert record["text"] == repr(encoder.identity) and "text" not in drawing.record_of(
         order, generator, clip, clip, "fp32"
     )
-    folder = drawing.claim(tmp_path / "pictures", record)
+    folder, _ = drawing.claim(tmp_path / "pictures", record)
     assert drawing.draw_into(folder, order, generator, encoder, "fp32", 4) is None
     assert relative_error(generator.seen[-1][:2], encoder.encode(encoder.tokenize(first[:2], whole=True))) < 1e-5
 

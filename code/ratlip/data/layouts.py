@@ -269,16 +269,16 @@ def _pickled_keys(root: Path, layout: Layout, split: str) -> tuple[Path, list[st
 
 
 def read_classes(layout_name: str, root: Path, split: str) -> dict[str, int]:
-    """The class of each key of a split, from the class_info.pickle beside its list of keys; {}: there is none.
+    """The class of each key of a split, from its class_info.pickle; {}: there is none.
 
     Raises:
         UserError: it does not fit the list.
     """
-    layout = LAYOUTS.get(layout_name)
-    path = (root / layout.keys.format(split=split)).with_name("class_info.pickle") if layout else None
-    if path is None or not path.is_file():
+    path = root / split / "class_info.pickle"
+    if layout_name not in LAYOUTS or not path.is_file():
         return {}
-    keys, classes = _pickled_keys(root, layout, split), checkpoint.read_pickle(path)
+    _, keys = _pickled_keys(root, LAYOUTS[layout_name], split)
+    classes = checkpoint.read_pickle(path)
     try:
         return dict(zip(keys, map(int, classes), strict=True))
     except (TypeError, ValueError) as error:
