@@ -106,7 +106,8 @@ class Scorer:
         metrics = [
             [kind(self.references.get(kind.space), stream.count) for kind in _kinds(stream.names)] for stream in streams
         ]
-        total, quiet = sum(stream.count for stream in streams), distributed.rank() > 0 or None  # None: not on a file
+        total = sum(stream.count for stream in streams)
+        quiet = distributed.rank() > 0 or None  # None: no bar where there is no terminal
         with tqdm(total=total, desc="evaluation", unit="image", leave=False, disable=quiet) as bar:
             for stream, own in zip(streams, metrics, strict=True):
                 self._read(stream, own, stages, bar)

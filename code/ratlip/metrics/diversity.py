@@ -27,9 +27,9 @@ class Diversity(Metric):
 
     def update(self, scored: Scored) -> None:
         units = F.normalize(scored.features[self.space].double(), dim=1).unflatten(0, (-1, PICTURES))  # (G, 8, D)
-        captions = devices.send(scored.numbers[::PICTURES] // PICTURES, units.device)
+        captions = torch.from_numpy(scored.numbers.numpy()[::PICTURES] // PICTURES)  # by numpy: on the host
         self.totals[0] = devices.send(self.totals[0], units.device)
-        self.totals[0][captions] = units @ units.transpose(1, 2)
+        self.totals[0][devices.send(captions, units.device)] = units @ units.transpose(1, 2)
 
     def compute(self) -> dict[str, float]:
         """{"diversity": mean, 1 to 8, "diversity/standard_error": of the mean, captions taken as independent}."""
