@@ -47,7 +47,7 @@ class Training:
     sentences: Tensor  # (R, E) embeddings of all training captions, on the device
     precision: str
     total_steps: int
-    encoder: TextEncoder | None = None  # of those; None: the system's CLIP
+    encoder: TextEncoder | None = None  # of those
     optimizers: dict[str, Adam] = field(init=False)  # of each network
     scaler: GradScaler = field(init=False)  # of the losses, in fp16 only
     scaled: dict[str, SimpleNamespace] = field(init=False)  # of each phase, what the scaler takes for an optimiser
@@ -333,8 +333,8 @@ def save(t: Training, config: EasyDict, scores: dict, epoch_steps: int, path: Pa
         "run": t.run.id if t.run else None,
         "saved": time.time(),
         "config": configuration.kept_settings(config),
-        "clip": t.system.clip.identity,
-        "text": t.encoder.identity if t.encoder not in (None, t.system.clip) else None,
+        "clip": t.system.clip.identity if t.system.sees_clip or t.encoder is t.system.clip else None,
+        "text": getattr(t.encoder, "identity", None) if t.encoder is not t.system.clip else None,
         "epoch": t.epoch,
         "step": t.step,
         "epoch_steps": epoch_steps,

@@ -363,7 +363,7 @@ def require_same(clip: FrozenClip, then: Mapping, what: str, insist: bool) -> st
     """Compare a CLIP with the one that a checkpoint was trained with.
 
     Args:
-        then: the `identity` that was stored, or as much of it as is known.
+        then: the `identity` that was stored, or as much of it as is known. {}: no CLIP matters to it.
         what: the checkpoint, for messages.
         insist: take another CLIP of the same shapes all the same.
 
@@ -373,6 +373,8 @@ def require_same(clip: FrozenClip, then: Mapping, what: str, insist: bool) -> st
     Raises:
         UserError: other shapes; another CLIP, unless `insist`.
     """
+    if not then:
+        return ""
     if any(then.get(key) != value for key, value in clip.shape.items()):
         shapes = [", ".join(f"{key} {found.get(key)}" for key in clip.shape) for found in (then, clip.shape)]
         raise UserError(f"{what} was trained with a CLIP of {shapes[0]}; clip.weights is one of {shapes[1]}")
@@ -394,8 +396,8 @@ def require_same(clip: FrozenClip, then: Mapping, what: str, insist: bool) -> st
 def trained_with(content: Mapping) -> dict:
     """What a checkpoint's content says about its CLIP. Before checksums were stored, normalisation was always OpenAI's,
     and whatever came by clip.source=openai was computed with QuickGELU."""
-    then = dict(content["clip"])
-    if "activation" in then:
+    then = dict(content["clip"] or {})
+    if "activation" in then or not then:
         return then
     before = {key: OPENAI[key] for key in ("mean", "std", "resize")}
     if content["config"].get("clip.source", "openai") == "openai":

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 from torch import nn
 
@@ -9,8 +10,8 @@ from ratlip import checkpoint as checkpoint_file
 from ratlip.errors import UserError
 from ratlip.released import clip_gan, df_gan
 
-# Each has SYSTEMS, is_released, load_networks and describe. The first that knows a file has it; clip_gan knows any with
-# a 'model' in it.
+# Each has SYSTEMS, is_released, load_networks, settings and describe. The first that knows a file has it; clip_gan knows
+# any with a 'model' in it.
 FAMILIES = (df_gan, clip_gan)
 
 
@@ -54,7 +55,15 @@ def load_networks(
         raise UserError(f"{path}: {error}" if path else str(error)) from None
 
 
+def settings(info: Mapping) -> dict:
+    """The settings of ours that the networks have, flat."""
+    return _family(info).settings(info)
+
+
 def describe(info: Mapping) -> str:
     """What `load_networks` read from a file, in words."""
-    family = next((family for family in FAMILIES if info.get("system") in family.SYSTEMS), clip_gan)
-    return family.describe(info)
+    return _family(info).describe(info)
+
+
+def _family(info: Mapping) -> ModuleType:
+    return next((family for family in FAMILIES if info.get("system") in family.SYSTEMS), clip_gan)

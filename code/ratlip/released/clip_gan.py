@@ -84,6 +84,22 @@ def describe(info: Mapping) -> str:
     return ", ".join([f"released {info.get('system', 'discriminator')}", f"epoch {info['epoch']}", *names]) + drawn
 
 
+def settings(info: Mapping) -> dict:
+    """The settings of ours that networks of `load_networks` have, flat."""
+    found = {
+        "model.name": info["system"].lower(),
+        "model.imsize": IMAGE_SIZE,
+        "model.nf": info["nf"],
+        "model.z_dim": info["z_dim"],
+        "clip.preprocess": "released",
+    }
+    if info["system"] == "RATLIP":
+        found["model.rat.state"] = "independent"
+    if "d_channels" in info:
+        found["model.d_channels"] = info["d_channels"]
+    return found
+
+
 def read_settings(net_g: Mapping[str, Tensor]) -> dict:
     """System, imsize, nf, z_dim and cond_dim that the shapes of a released netG imply."""
     blocks = {key.split(".")[1] for key in net_g if key.startswith("GBlocks.")}

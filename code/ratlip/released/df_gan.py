@@ -77,6 +77,13 @@ def describe(info: Mapping) -> str:
     return ", ".join([f"released {info['system']}", *known])
 
 
+def settings(info: Mapping) -> dict:
+    """The settings of ours that networks of `load_networks` have, flat."""
+    found = {f"model.{name}": info[name] for name in ("imsize", "nf", "z_dim")}
+    found |= {"model.name": info["system"].lower().replace("-", ""), "text.encoder": "damsm"}
+    return found | {f"ratgan.{name}": info[name] for name in ("affines", "attention") if name in info}
+
+
 def _has(weights: Mapping, pattern: str) -> bool:
     """Whether the pattern matches a name from its beginning on, after `module.`."""
     return any(re.match(rf"(module\.)?(?:{pattern})", key) for key in weights if isinstance(key, str))

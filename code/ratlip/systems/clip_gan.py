@@ -22,6 +22,8 @@ class ClipGan(System):
     """The discriminator learns from what CLIP sees of real and drawn pictures; the generator from the same drawn ones,
     which are drawn, and seen by CLIP, once."""
 
+    sees_clip = True
+
     def __init__(self, settings: EasyDict, clip: FrozenClip, generator: Generator, discriminator: Discriminator):
         super().__init__(settings, clip, {"discriminator": discriminator, "generator": generator})
         self.phases = [Phase("d", "discriminator", self.criticise), Phase("g", "generator", self.generate)]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -55,6 +56,7 @@ class System:
         phases: of a step, in order.
         state: tensors that a step reads and moves beside networks' buffers.
         moving: names of networks whose buffers a step moves.
+        sees_clip: whether the networks are of use with this CLIP alone.
     """
 
     settings: EasyDict
@@ -63,6 +65,7 @@ class System:
     phases: list[Phase] = field(init=False)
     state: dict[str, Tensor] = field(default_factory=dict, init=False)
     moving: tuple[str, ...] = field(default=("generator",), init=False)
+    sees_clip: ClassVar[bool] = False
 
     @staticmethod
     def make_generator(config: EasyDict, clip: FrozenClip, text: TextEncoder) -> nn.Module:
