@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TINY_RUN
+from helpers import ROOT, TINY_RUN, assert_refused
 from PIL import Image
 from torch import nn
 
-from ratlip import build
+from ratlip import checkpoint, config, losses
+from ratlip import device as devices
 from ratlip.data import layouts
 from ratlip.metrics.metric import Metric, Scored
+from ratlip.systems import SYSTEMS
+from ratlip.systems.system import Phase, System
 
 README, CONTRIBUTING = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
 
@@ -116,7 +119,7 @@ def test_links_lead_somewhere():
         "docs/results.md",
         *folders,
     ):
-        text = (ROOT / name).read_text()
+        text = re.sub(r"^```.*?^```", "", (ROOT / name).read_text(), flags=re.MULTILINE | re.DOTALL)
         anchors = {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
                    for title in re.findall(r"^#+ (.*)", text, re.MULTILINE)}  # fmt: skip
         for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
@@ -125,10 +128,10 @@ def test_links_lead_somewhere():
             assert not anchor or path or anchor in anchors, (name, target)
 
 
-def test_contributings_examples_work(small_clip, tmp_path, monkeypatch):
-    names = {"nn": nn, "torch": torch, "Metric": Metric, "LAYOUTS": layouts.LAYOUTS, "Layout": layouts.Layout}
+def test_contributings_examples_work(tmp_path, monkeypatch):
     monkeypatch.setattr(layouts, "LAYOUTS", dict(layouts.LAYOUTS))
-    names["LAYOUTS"] = layouts.LAYOUTS
+    names = {"nn": nn, "torch": torch, "Metric": Metric, "LAYOUTS": layouts.LAYOUTS, "Layout": layouts.Layout}
+    names |= {"System": System, "Phase": Phase}
     for block in blocks(CONTRIBUTING, "python"):
         exec(block, names)
 
@@ -136,10 +139,6 @@ def test_contributings_examples_work(small_clip, tmp_path, monkeypatch):
     metric = names["Contrast"](None, 2)
     metric.update(Scored(torch.arange(2), images, None, None))
     assert metric.compute()["contrast"] == pytest.approx(0.5, abs=0.01)
-
-    generator = names["Linear"](small_clip, 16, 8)
-    assert generator(torch.zeros(2, 8), torch.zeros(2, small_clip.embedding_dim)).shape == (2, 3, 16, 16)
-    assert hasattr(build, "generator_of")
 
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
@@ -149,3 +148,46 @@ def test_contributings_examples_work(small_clip, tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(content)
     items, problems = layouts.read_items("cars", tmp_path, "train")
     assert [item.captions for item in items] == [["a car"]] and not problems
+
+
+def test_contributings_system_trains_resumes_scores_and_samples(demo_folder, clip_file, tmp_path, monkeypatch, call):
+    """A seventh one, of its two files and its line."""
+    names = {"nn": nn, "torch": torch, "Metric": Metric, "LAYOUTS": {}, "Layout": layouts.Layout}
+    names |= {"System": System, "Phase": Phase, "devices": devices, "losses": losses}
+    for block in blocks(CONTRIBUTING, "python"):
+        exec(block, names)
+    shutil.copytree(config.SYSTEMS, tmp_path / "systems")
+    (settings,) = blocks(CONTRIBUTING, "yaml")
+    (tmp_path / "systems" / "linear.yml").write_text(settings)
+    monkeypatch.setattr(config, "SYSTEMS", tmp_path / "systems")
+    monkeypatch.setitem(SYSTEMS, "linear", names["Linear"])
+
+    few = ("data.layout=folder", f"data.dir={demo_folder}", "model.imsize=16", "eval.metrics=[clip_score]")
+    own = [word for word in TINY_RUN if not word.startswith(("model.d_channels", "clip.feature_blocks"))]
+    places = (f"log.dir={tmp_path}/logs", f"log.save_dir={tmp_path}/saved", f"clip.weights={clip_file}")
+    words = ["cfg/demo.yml", "model.name=linear", *own, *few, *places, "train.device=cpu", "log.save_interval=1"]
+    assert call("train.py", *words).returncode == 0
+    result = call("train.py", *words, "train.resume=auto", "train.max_epoch=2")
+    assert result.returncode == 0 and "going on from" in result.stdout, result.stderr
+    (state,) = tmp_path.glob("saved/demo_linear/*/state_epoch_002.pth")
+    assert checkpoint.read(state)["config"]["model.name"] == "linear"
+    assert "linear, epoch 2" in call("test.py", *words).stdout
+    result = call("sample.py", *words[:2], *places, "a red star", "--n", 2, "--out", tmp_path / "out")
+    assert result.returncode == 0 and len(list((tmp_path / "out").glob("*.png"))) == 2, result.stderr
+    result = call("train.py", *words, "model.d_whiten=true")
+    assert_refused(result, "model.d_whiten is not read by linear, but by galip, ratlip")
+
+
+FAMILIES = ("clip_gan", "df_gan", "attn_gan", "lafite")
+ROOMS = ("systems", "models", "released")
+
+
+def test_no_family_enters_anothers_rooms():
+    """And outside them nobody names one, but for the lists of them."""
+    code, lists = ROOT / "code" / "ratlip", {"systems/__init__.py", "released/__init__.py"}
+    for path in sorted(code.rglob("*.py")):
+        own = next((family for family in FAMILIES if family in (path.stem, path.parent.name)), None)
+        imported = re.findall(rf"ratlip\.(?:{'|'.join(ROOMS)})[. ](?:import )?(\w+)", path.read_text())
+        others = {family for family in imported if family in FAMILIES and family != own}
+        place = str(path.relative_to(code))
+        assert not others or place in lists, (place, others)

@@ -20,7 +20,7 @@ from ratlip.data.layouts import open_plain
 from ratlip.data.loader import TestImages, fitted, picture_batches, to_bytes, to_floats
 from ratlip.evaluation import Evaluator, Scorer
 from ratlip.metrics.features import ClipSpace
-from ratlip.models.clip_gan.generator import Generator
+
 from ratlip.pictures import captioned_grid
 
 SHOWN = 64  # pictures
@@ -64,7 +64,7 @@ def look(config: EasyDict, scorer: Scorer, shown: Shown, test_items: Sequence[It
     return sheet(config, shown, *ours, items), words
 
 
-def of_generator(evaluator: Evaluator, generator: Generator) -> Shown:
+def of_generator(evaluator: Evaluator, generator: nn.Module) -> Shown:
     """The evaluation's samples of test images spread over the split, at the size of the training's."""
     numbers, size = spread(min(len(evaluator.items), evaluator.samples)), 2 * [evaluator.scorer.config.model.imsize]
     scored = evaluator.samples_of(generator.eval(), numbers)

@@ -10,8 +10,8 @@ from ratlip import checkpoint as checkpoint_file
 from ratlip.errors import UserError
 from ratlip.released import clip_gan, df_gan
 
-# Each has SYSTEMS, is_released, load_networks, settings and describe. The first that knows a file has it; clip_gan knows
-# any with a 'model' in it.
+# Each has SYSTEMS, is_released, load_networks, settings and describe. The first that knows a file has it; clip_gan
+# knows any with a 'model' in it.
 FAMILIES = (df_gan, clip_gan)
 
 
