@@ -109,7 +109,7 @@ def test_a_slowed_precision_loses(small_clip, monkeypatch, slow, fast):
 
 
 def test_large_maps_are_timed_an_image_at_a_time(small_clip, monkeypatch):
-    """All small blocks on the whole share, or the last small and the last large one on one image; in their own shapes."""
+    """All small blocks on the whole share; else the last small and the last large one, on one image."""
     resolved = config.load("cfg/demo.yml", ["model.imsize=64", "model.d_channels=16"])
     generator, discriminator = build.generator_of(resolved, small_clip), build.discriminator_of(resolved, small_clip)
     for large, sides, batch in (
