@@ -16,11 +16,12 @@ from pathlib import Path
 import speed  # which puts code/ on the path
 import torch
 
-from ratlip import build, config
+from ratlip import config
 from ratlip.data.captions import CaptionTable
 from ratlip.data.inventory import usable_items, write_copies
 from ratlip.data.loader import Batch, EpochBatches, TrainingImages, training_loader
 from ratlip.encoders.clip_towers import FrozenClip
+from ratlip.systems.clip_gan import ClipGan
 from ratlip.trainer import Training, train_step
 
 ROOT = speed.HERE.parent
@@ -76,12 +77,12 @@ def birds(smoke: bool) -> Training:
     )
     clip = FrozenClip(speed.random_clip()).to(place)
     clip.drop_text_tower()
-    generator, ema = (build.generator_of(settings, clip).to(place) for _ in range(2))
-    discriminator = build.discriminator_of(settings, clip).to(place)
-    ema.load_state_dict(generator.state_dict())
+    system = ClipGan.build(settings, clip, clip).to(place)
+    ema = ClipGan.make_generator(settings, clip, clip).to(place)
+    ema.load_state_dict(system.generator.state_dict())
     ema.eval().requires_grad_(False)
     sentences = torch.randn(1000, clip.embedding_dim, device=place)
-    return Training(settings.train, clip, generator.train(), discriminator, ema, sentences, "bf16", 10**6)
+    return Training(settings.train, system, ema, sentences, "bf16", 10**6)
 
 
 def batch_of(training: Training, count: int) -> Batch:
@@ -168,9 +169,9 @@ def largest(smoke: bool) -> str:
             for _ in range(2):
                 train_step(training, batch_of(training, count))
         except torch.OutOfMemoryError:
-            for optimizer in (training.optimizer_g, training.optimizer_d):
+            for optimizer in training.optimizers.values():
                 optimizer.zero_grad()
-            training.discriminator.requires_grad_(True)
+            training.networks["discriminator"].requires_grad_(True)
             return False
         finally:
             torch.cuda.empty_cache()

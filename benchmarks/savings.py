@@ -13,7 +13,6 @@ from ratlip.encoders import clip_towers
 from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.models import attention, blocks
 from ratlip.models.blocks import BatchNorm, Conv, GeneratorBlock
-from ratlip.models.clip_gan import generator
 from ratlip.models.clip_gan.discriminator import Discriminator
 
 # What is replaced below, as it is.
@@ -120,7 +119,6 @@ SAVINGS = {
     ]),
     "recomputing": (("train",), [
         (blocks, "recomputed", lambda function, tensors, elements: function(*tensors)),
-        (generator, "recomputed", lambda function, tensors, elements: function(*tensors)),
     ]),
     "moments": (("train",), [(owner, "moments", moments_by_autograd) for owner in (blocks, attention)]),
     "no real graph": (("train",), [(FrozenClip, "feature_maps", maps_with_a_graph)]),

@@ -300,6 +300,7 @@ def ours_work(words, clip, generator, discriminator, noise, sentences, images) -
     from ratlip import config
     from ratlip.data.loader import Batch
     from ratlip.sampling import compiled, generate
+    from ratlip.systems.clip_gan import ClipGan
     from ratlip.trainer import Training, train_step
 
     if words.compile and words.what != "train":
@@ -311,7 +312,8 @@ def ours_work(words, clip, generator, discriminator, noise, sentences, images) -
     settings = config.EasyDict(config.unflatten(config.default_settings())).train
     settings.compile = words.compile
     settings.lr_g = settings.lr_d = 0.0  # that no round differs from another
-    training = Training(settings, clip, generator.train(), discriminator, None, sentences, words.precision, 10**9)
+    system = ClipGan(settings, clip, generator.train(), discriminator)
+    training = Training(settings, system, None, sentences, words.precision, 10**9)
     rows = torch.arange(len(noise), device=noise.device)
     batch = Batch(images, rows, rows.roll(1))
     return lambda: train_step(training, batch)

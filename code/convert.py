@@ -1,6 +1,7 @@
-"""Writes a released GALIP or RATLIP checkpoint as one of ours, to sample from or to train on from."""
+"""Writes a released checkpoint as one of ours, to sample from or to train on from."""
 
 import argparse
+from types import SimpleNamespace
 
 from ratlip import errors
 from ratlip.errors import UserError
@@ -14,7 +15,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         prog="python code/convert.py",
-        description="Write a released GALIP or RATLIP checkpoint as one of ours, with fresh optimizers.",
+        description="Write a released checkpoint of any of the systems as one of ours, with fresh optimizers.",
         epilog="example:\n  source scripts/env.sh\n"
         "  python code/convert.py galip_coco.pth saved_models/coco/released/state_epoch_000.pth",
     )
@@ -26,9 +27,10 @@ def main() -> None:
 
     import torch  # not before: -h needs no package
 
-    from ratlip import build, checkpoint, config, released
+    from ratlip import checkpoint, config, released
     from ratlip.data.loader import BATCH_SIZE
     from ratlip.encoders.clip_towers import FrozenClip, clip  # the package, its warnings silenced
+    from ratlip.systems import SYSTEMS
     from ratlip.trainer import Training, save
 
     content = checkpoint.read(words.source)
@@ -42,24 +44,19 @@ def main() -> None:
     generator, discriminator, info = released.load_networks(content, shapes, words.source)
     if generator is None:
         raise UserError(f"{words.source} holds no netG; there is nothing to go on from")
-    settings = {
-        "model.name": info["system"].lower(),
-        "model.imsize": generator.sizes[-1],
-        "model.nf": info["nf"],
-        "model.z_dim": info["z_dim"],
-        "model.rat.state": "independent",
-        "clip.preprocess": "released",
-    }
-    if "d_channels" in info:
-        settings["model.d_channels"] = info["d_channels"]
+    settings = released.settings(info)
     published = {"train.batch_size": BATCH_SIZE}
     resolved = config.load(config.DEFAULT, [f"{key}={value}" for key, value in (settings | published).items()])
+    reader = SimpleNamespace(embedding_dim=info["cond_dim"])  # of captions; no more of it is needed here
+    system = SYSTEMS[resolved.model.name].build(resolved, shapes, reader)
+    system.generator.load_state_dict(generator.state_dict())
     if discriminator is None:
-        discriminator = build.discriminator_of(resolved, shapes)
-        print(f"{words.source} holds no netD with netC: training on will begin with a new discriminator")
+        print(f"{words.source} holds no whole discriminator: training on will begin with a new discriminator")
+    else:
+        system.networks["discriminator"].load_state_dict(discriminator.state_dict())
 
     # The averaged weights begin as the weights themselves: a released file holds one set.
-    t = Training(resolved.train, shapes, generator, discriminator, generator, torch.empty(0), "fp32", total_steps=1)
+    t = Training(resolved.train, system, system.generator, torch.empty(0), "fp32", total_steps=1, encoder=reader)
     t.epoch = info["epoch"] if isinstance(info["epoch"], int) else 0
     save(t, resolved, {}, 0, words.target)
     print(f"{words.source}: {released.describe(info)}\n{words.target}: the same as one of ours")

@@ -77,17 +77,17 @@ def sample(resolved: "EasyDict", arguments: argparse.Namespace, captions: list[s
         order = drawing.given(captions, arguments.n, arguments.seed)
     place = device.choose(arguments.device)
     checkpoint = arguments.checkpoint or find_checkpoint(resolved)
-    generator, clip, loaded = load_generator(resolved, checkpoint)
+    generator, clip, encoder, loaded = load_generator(resolved, checkpoint)
     precision = own_precision(checkpoint) if arguments.precision == "auto" else arguments.precision
     print(loaded)
-    drawing.say_cut(order, clip)
-    record = drawing.record_of(order, generator, clip, precision)
+    drawing.check_captions(order, encoder)
+    record = drawing.record_of(order, generator, clip, encoder, precision)
     folder, clip.products = drawing.claim(arguments.out or Path("samples") / resolved.name, record)
-    clip.to(place)
+    encoder.to(place)
     generator.to(place)
     if arguments.compile:
         generator = compiled(generator)
-    cause = drawing.draw_into(folder, order, generator, clip, precision, resolved.eval.batch_size)
+    cause = drawing.draw_into(folder, order, generator, encoder, precision, resolved.eval.batch_size)
     if cause:
         print(f"stopped by {cause}: {drawing.done(folder, order)}; the same command draws the others", file=sys.stderr)
         return 128 + signal.Signals[cause]

@@ -1,4 +1,4 @@
-"""Train the tiny CLIP of the demo data set, measure it on held-out combinations and write it."""
+"""Train a tiny CLIP of the demo data set, measure it on held-out combinations and write it."""
 
 import argparse
 import math
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,42 +23,62 @@ from ratlip.encoders.clip_towers import clip, transformer_block  # the package c
 from ratlip.paths import ROOT, typed
 
 CLIP = clip.model.CLIP
-PATCH, WIDTH, EMBEDDING, CONTEXT = 8, 192, 128, 32
-# The vision blocks whose patch tokens the discriminator reads: one keeps the pixels, one knows what they show.
-PIXELS, MEANING = 0, 2
+CONTEXT = 32  # tokens
+PIXELS = 0  # the vision block whose patch tokens keep the pixels; those of the last but one know what they show
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
 STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
 BATCH, LEARNING_RATE, WARM_UP = 64, 1e-3, 50
 ATTACK = 0.05  # largest change of a value in [-1, 1]
 
 
-def build() -> CLIP:
-    """A 64-pixel ViT of 4 layers (patch 8, width 192) and a text transformer of 2 (width 64), untrained."""
-    model = CLIP(EMBEDDING, SIDE, 4, WIDTH, PATCH, CONTEXT, 49408, 64, 1, 2).float()
+class Shape(NamedTuple):
+    """The sizes of the image tower."""
+
+    resolution: int  # pixels; pictures of SIDE are resized to it
+    patch: int  # pixels
+    width: int  # 64 for each head of attention
+    layers: int
+    embedding: int
+
+
+def build(shape: Shape) -> CLIP:
+    """A ViT of this shape and a text transformer of 2 layers (width 64), untrained."""
+    model = CLIP(
+        shape.embedding, shape.resolution, shape.layers, shape.width, shape.patch, CONTEXT, 49408, 64, 1, 2
+    ).float()
     # Keep the pixels readable through ln_pre, which removes a token's mean and scale: an orthogonal patch
     # embedding on top of a constant vector large enough that the scale hardly depends on the patch.
-    nn.init.orthogonal_(model.visual.conv1.weight.data.view(WIDTH, -1), gain=0.7)
+    nn.init.orthogonal_(model.visual.conv1.weight.data.view(shape.width, -1), gain=0.7)
     position = model.visual.positional_embedding.data
-    position += 2 * torch.randn(WIDTH)
+    position += 2 * torch.randn(shape.width)
     # Shapes span patches, so attention must know rows and columns from the start (without this it is slow
     # to learn shapes); codes of few dimensions leave the others to the pixels.
-    side = SIDE // PATCH
-    rows, columns = 0.5 * torch.randn(side, 1, WIDTH), 0.5 * torch.randn(1, side, WIDTH)
+    side = shape.resolution // shape.patch
+    rows, columns = 0.5 * torch.randn(side, 1, shape.width), 0.5 * torch.randn(1, side, shape.width)
     position[1:] += (rows + columns).flatten(0, 1)
     return model
 
 
 def encode_image(model: CLIP, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (B, 3, 64, 64) in [-1, 1] -> embeddings (B, 128), patch tokens (B, 64, 192) of PIXELS and of MEANING."""
+    """Images (B, 3, 64, 64) in [-1, 1] -> embeddings (B, E), patch tokens (B, g*g, W) of block PIXELS and of the last
+    but one."""
     visual = model.visual
-    x = visual.conv1(((images + 1) / 2 - MEAN) / STD).flatten(2).transpose(1, 2)
+    x = visual.conv1(((resized(images, model) + 1) / 2 - MEAN) / STD).flatten(2).transpose(1, 2)
     x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1) + visual.positional_embedding
     x = visual.ln_pre(x)
     tokens = []
     for block in visual.transformer.resblocks:
         x = transformer_block(block, x)
         tokens.append(x[:, 1:])
-    return visual.ln_post(x[:, 0]) @ visual.proj, tokens[PIXELS], tokens[MEANING]
+    return visual.ln_post(x[:, 0]) @ visual.proj, tokens[PIXELS], tokens[-2]
+
+
+def resized(images: Tensor, model: CLIP) -> Tensor:
+    """Images (B, 3, 64, 64) at the model's resolution, as FrozenClip gives them to it."""
+    size = 2 * (model.visual.input_resolution,)
+    if images.shape[-2:] == size:
+        return images
+    return F.interpolate(images.float(), size, mode="bicubic", antialias=True, align_corners=False)
 
 
 def tokenize(attributes: list[Attributes], rng: np.random.Generator) -> Tensor:
@@ -90,9 +111,10 @@ def disturb(images: Tensor) -> Tensor:
     return disturbed.clamp(-1, 1)
 
 
-def patches(images: Tensor) -> Tensor:
-    """(B, 3, 64, 64) -> (B, 64, 192): the pixels of each patch of the 8x8 grid."""
-    return F.unfold(images, PATCH, stride=PATCH).transpose(1, 2)
+def patches(images: Tensor, model: CLIP) -> Tensor:
+    """(B, 3, 64, 64) -> (B, g*g, 3 * patch * patch): the pixels of each patch that the model sees."""
+    patch = model.visual.conv1.kernel_size
+    return F.unfold(resized(images, model), patch, stride=patch).transpose(1, 2)
 
 
 def near_misses(batch: list[Attributes], allowed: set[Attributes], rng: np.random.Generator) -> list[Attributes]:
@@ -160,18 +182,18 @@ def attack(images: Tensor, strength: float, loss_of: Callable[[Tensor], Tensor])
     return images + (moved - images).clamp(-strength, strength)
 
 
-def train(steps: int, seed: int) -> tuple[CLIP, nn.ModuleDict]:
+def train(steps: int, seed: int, shape: Shape) -> tuple[CLIP, nn.ModuleDict]:
     """Train on pictures and captions drawn on the fly; return the model and the heads that read its features."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     combinations, _ = splits()
     allowed = set(combinations)
-    model = build()
-    # These heads are thrown away. They make the embeddings, and every patch token of block MEANING, separate every
-    # attribute linearly, and block PIXELS keep every pixel.
+    model = build(shape)
+    # These heads are thrown away. They make the embeddings, and every patch token of the last block but one, separate
+    # every attribute linearly, and block PIXELS keep every pixel.
     names = sum(map(len, VALUES))
-    of_image, of_text, of_patch = nn.Linear(EMBEDDING, names), nn.Linear(EMBEDDING, names), nn.Linear(WIDTH, names)
-    pixels = nn.Linear(WIDTH, 3 * PATCH**2)
+    of_image, of_text, of_patch = (nn.Linear(size, names) for size in (shape.embedding, shape.embedding, shape.width))
+    pixels = nn.Linear(shape.width, 3 * shape.patch**2)
     heads = nn.ModuleDict({"of_image": of_image, "of_text": of_text, "of_patch": of_patch, "pixels": pixels})
     everything = nn.ModuleList([model, heads])
     optimizer = torch.optim.AdamW(everything.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
@@ -213,7 +235,7 @@ def train(steps: int, seed: int) -> tuple[CLIP, nn.ModuleDict]:
                 of_patch(meaning_tokens).flatten(0, 1),
                 *(labels.repeat_interleave(count, dim=0) for labels in (wanted, missed, shares)),
             )
-            error = (pixels(pixel_tokens).float() - patches(images)).square().mean((1, 2))
+            error = (pixels(pixel_tokens).float() - patches(images, model)).square().mean((1, 2))
             # The logarithm keeps its pull however small the error gets; the constant stands for 46 dB.
             rebuilding = (error + 1e-4).log().mean()
             loss = matching + 0.5 * naming.sum() + 0.2 * naming_text.sum() + 0.5 * naming_patch.sum() + 0.2 * rebuilding
@@ -242,6 +264,7 @@ def evaluate(path: Path, heads: nn.ModuleDict) -> dict[str, float]:
     rng = np.random.default_rng(1)
     model, _ = clip.load(str(path), device="cpu", jit=False)
     model.requires_grad_(False)
+    meaning = len(model.visual.transformer.resblocks) - 2
     _, test = splits()
     images, wanted = pictures(test, rng), torch.tensor(test)
 
@@ -270,11 +293,11 @@ def evaluate(path: Path, heads: nn.ModuleDict) -> dict[str, float]:
     figures["mean cosine, mismatched pairs"] = cosine[~matched].mean()
     for kind, seen in shown.items():
         _, pixel_tokens, meaning_tokens = encode_image(model, seen)
-        error = F.mse_loss(heads["pixels"](pixel_tokens), patches(seen))
+        error = F.mse_loss(heads["pixels"](pixel_tokens), patches(seen, model))
         figures[f"PSNR in dB of the pixels read from block {PIXELS}, {kind} pictures"] = _psnr(error)
         logits = heads["of_patch"](meaning_tokens).split([len(values) for values in VALUES], dim=2)
         right = (logits[0].argmax(2) == wanted[:, :1]).float().mean()
-        figures[f"shape named by a patch token of block {MEANING}, {kind} pictures"] = right
+        figures[f"shape named by a patch token of block {meaning}, {kind} pictures"] = right
     return {name: float(value) for name, value in figures.items()}
 
 
@@ -290,12 +313,20 @@ def main() -> None:
     parser.add_argument("--out", type=typed, default=ROOT / "assets/demo/clip.pt", help="file to write")
     parser.add_argument("--steps", type=int, default=1500, help=f"training steps of {BATCH} pictures")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
+    parser.add_argument("--resolution", type=int, default=64, help="pixels along a side that it sees")
+    parser.add_argument("--patch", type=int, default=8, help="pixels along a side of a patch")
+    parser.add_argument("--width", type=int, default=192, help="of the image tower, 64 for each head of attention")
+    parser.add_argument("--layers", type=int, default=4, help="of the image tower")
+    parser.add_argument("--embedding", type=int, default=128, help="length of the embeddings")
     args = parser.parse_args()
+    shape = Shape(*(getattr(args, field) for field in Shape._fields))
     if args.steps < 1:
         parser.error("--steps must be at least 1")
+    if shape.layers < 2 or min(shape) < 1 or shape.width % 64 or shape.resolution % shape.patch:
+        parser.error("2 layers or more, --width a multiple of 64, --resolution one of --patch")
 
     start = time.time()
-    model, heads = train(args.steps, args.seed)
+    model, heads = train(args.steps, args.seed, shape)
     seconds = time.time() - start
     args.out.parent.mkdir(parents=True, exist_ok=True)
     weights = model.state_dict()
@@ -303,13 +334,16 @@ def main() -> None:
     weights._metadata[""]["activation"] = "quick_gelu"  # a state dict's metadata; it is saved and loaded with it
     torch.save(weights, args.out)
     table = "\n".join(f"| {name} | {value:.4f} |" for name, value in evaluate(args.out, heads).items())
-    command = f"python code/train_demo_clip.py --steps {args.steps} --seed {args.seed}"
+    stated = {field: value for field, value in shape._asdict().items() if value != parser.get_default(field)}
+    options = "".join(f" --{field} {value}" for field, value in stated.items())
+    command = f"python code/train_demo_clip.py --steps {args.steps} --seed {args.seed}{options}"
+    vision = f"Vision: {shape.resolution} px, patch {shape.patch}, width {shape.width}, {shape.layers} layers"
     machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
-    text = f"""# {args.out.name}: the CLIP of the demo data set
+    text = f"""# {args.out.name}: a CLIP of the demo data set
 
 Made by `{command}` on {date.today()} in {seconds:.0f} s ({machine}).
-Vision: {SIDE} px, patch {PATCH}, width {WIDTH}, 4 layers. Text: width 64, 2 layers, {CONTEXT} tokens.
-Embedding {EMBEDDING}. A float16 state dict that states its activation (QuickGELU), which `clip.load` opens.
+{vision}. Text: width 64, 2 layers, {CONTEXT} tokens.
+Embedding {shape.embedding}. A float16 state dict that states its activation (QuickGELU), which `clip.load` opens.
 Measured on the file, on the 500 combinations of attributes that are not in training:
 
 | figure | value |

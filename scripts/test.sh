@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Evaluate: bash scripts/test.sh cfg/demo.yml [checkpoint] [key=value ...] [--images DIR] [--against DIR]
+# Evaluate: bash scripts/test.sh cfg/demo.yml [checkpoint] [key=value ...] [--images DIR | --real] [--against DIR] [--nearest]
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")") # no cd: paths on the command line are the caller's
 case " $* " in *" -h "* | *" --help "* | "  ") exec python3 "$here/../code/test.py" "$@" ;; esac # help and usage need no environment

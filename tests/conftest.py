@@ -1,6 +1,7 @@
 """Fixtures: the released systems' numbers, CLIPs, and a data set of a few pictures."""
 
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,19 @@ from PIL import Image
 from ratlip.data import demo
 from ratlip.encoders.clip_towers import FrozenClip, load_clip
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, by the programs that tests start too
+
 
 @pytest.fixture(scope="session")
 def fixtures() -> dict[str, np.ndarray]:
     """What the released systems answer."""
     return dict(np.load(ROOT / "tests" / "data" / "fixtures.npz"))
+
+
+@pytest.fixture(scope="session")
+def dfgan_answers() -> dict[str, np.ndarray]:
+    """What the released DF-GAN and RAT-GAN answer."""
+    return dict(np.load(ROOT / "tests" / "data" / "dfgan" / "fixtures.npz"))
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +45,14 @@ def clip_file(tmp_path_factory) -> Path:
     """A small CLIP's state dict, as clip.load opens it; it states its activation."""
     path = tmp_path_factory.mktemp("clip") / "small.pt"
     save_stated(small_clip_model().state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def judge_file(tmp_path_factory) -> Path:
+    """A CLIP of another shape than those that generators read; a bare state dict, which states no activation."""
+    path = tmp_path_factory.mktemp("judge") / "judge.pt"
+    torch.save({**small_clip_model(resolution=32, patch=8, layers=2).state_dict()}, path)
     return path
 
 

@@ -39,6 +39,17 @@ def fixture_input(name: str, *shape: int) -> torch.Tensor:
     return torch.from_numpy(random.standard_normal(shape).astype(np.float32))
 
 
+def fixture_picture(name: str, count: int, side: int) -> torch.Tensor:
+    """Pictures (count, 3, side, side) of AttnGAN's and DAMSM's fixtures, in [-1, 1]."""
+    blocks, noise = fixture_input(f"{name}.blocks", count, 3, 8, 8), fixture_input(name, count, 3, side, side)
+    return torch.from_numpy(np.tanh(np.kron(blocks, np.ones((side // 8, side // 8), np.float32)) + 0.5 * noise.numpy()))
+
+
+def family_fixtures(family: str) -> dict[str, np.ndarray]:
+    """What the released systems of a family answer: tests/data/<family>/fixtures.npz."""
+    return dict(np.load(ROOT / "tests" / "data" / family / "fixtures.npz"))
+
+
 def small_clip_model(resolution: int = 64, patch: int = 16, width: int = 64, layers: int = 4) -> clip.model.CLIP:
     """A CLIP with random weights, small enough for any test."""
     torch.manual_seed(7)
@@ -84,8 +95,8 @@ def watch_gradients(training) -> dict[str, dict[str, torch.Tensor]]:
     """The gradients of a Training's "g" and "d", by parameter, that its latest step gave to the optimisers."""
     found = {}
     for key, network, optimizer in (
-        ("g", training.generator, training.optimizer_g),
-        ("d", training.discriminator, training.optimizer_d),
+        ("g", training.generator, training.optimizers["generator"]),
+        ("d", training.networks["discriminator"], training.optimizers["discriminator"]),
     ):
 
         def note(*_, key=key, network=network):

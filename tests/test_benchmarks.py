@@ -17,6 +17,7 @@ from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.models import blocks
 from ratlip.released import load_networks
 from ratlip.released.clip_gan import UNUSED
+from ratlip.systems.clip_gan import ClipGan
 from ratlip.trainer import Training, train_step
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -81,11 +82,11 @@ def ours(small, monkeypatch) -> tuple[Training, Batch, torch.Tensor, torch.Tenso
     tokens = clip.tokenize(["a red bird", "a green bird with a long beak"])
     settings = config.EasyDict(config.unflatten(config.default_settings())).train
     settings.lr_g = settings.lr_d = 0.0
-    training = Training(
-        settings, clip, generator.double().train(), discriminator.double(), None, clip.text(tokens)[0], "fp32", 10
-    )
+    system = ClipGan(settings, clip, generator.double().train(), discriminator.double())
+    training = Training(settings, system, None, clip.text(tokens)[0], "fp32", 10)
     noise = torch.randn(2, 100, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    monkeypatch.setattr("ratlip.trainer.randomness", lambda t, share: (noise, *[torch.zeros(2, 3)] * 2))
+    draws = {"noise": noise, "augment_real": torch.zeros(2, 3), "augment_fake": torch.zeros(2, 3)}
+    monkeypatch.setattr("ratlip.trainer.randomness", lambda t, share: draws)
     images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2 - 1
     return training, Batch(images, torch.arange(2), torch.tensor([1, 0])), noise, tokens
 

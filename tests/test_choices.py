@@ -13,10 +13,12 @@ import torch.nn.functional as F
 import yaml
 from helpers import ROOT, TINY_RUN, relative_error
 
-from ratlip import build, checkpoint, choices, config
+from ratlip import checkpoint, choices, config
 from ratlip import device as devices
 from ratlip.encoders import clip_towers
 from ratlip.sampling import own_precision
+from ratlip.systems import clip_gan
+from ratlip.systems.clip_gan import ClipGan
 
 CPU = torch.device("cpu")
 UNDECIDED = ("train.precision=auto", "clip.products=auto")
@@ -63,7 +65,7 @@ def test_time_is_bounded(monkeypatch):
 
 def delayed(function):
     def slow(*args, **kwargs):
-        time.sleep(0.5)  # more than what else a busy machine does
+        time.sleep(2)  # more than what else a busy machine does
         return function(*args, **kwargs)
 
     return slow
@@ -86,40 +88,40 @@ def test_a_slowed_form_loses(small_clip, monkeypatch, slow, fast, learning):
 def test_a_slowed_precision_loses(small_clip, monkeypatch, slow, fast):
     """And what is timed leaves no trace in the networks, nor in the random numbers."""
     resolved = config.load("cfg/demo.yml", ["model.imsize=16", "model.d_channels=16"])
-    generator, discriminator = build.generator_of(resolved, small_clip), build.discriminator_of(resolved, small_clip)
-    parts, autocast = choices.parts_of_a_step, devices.autocast
+    system, sentences = ClipGan.build(resolved, small_clip, small_clip), torch.ones(4, small_clip.embedding_dim)
+    parts, autocast, networks = system.parts_of_a_step, devices.autocast, system.networks.values()
     monkeypatch.setattr(devices, "has_bf16_routines", lambda: True)
     monkeypatch.setattr(
-        choices,
+        system,
         "parts_of_a_step",
         lambda *a: (delayed(parts) if torch.is_autocast_enabled("cpu") == low else parts)(*a),
     )
     low = slow == "bf16"
-    before = [value.clone() for network in (generator, discriminator) for value in network.state_dict().values()]
+    before = [value.clone() for network in networks for value in network.state_dict().values()]
     state = torch.get_rng_state()
-    found, measured = choices.settle_precision("auto", generator.train(), discriminator, 4, CPU)
-    assert found == fast and "fp32 " in measured and "bf16 " in measured
-    after = [value for network in (generator, discriminator) for value in network.state_dict().values()]
-    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True)) and generator.training
-    assert all(p.grad is None for network in (generator, discriminator, small_clip) for p in network.parameters())
+    found, measured = choices.settle_precision("auto", system, sentences, CPU)
+    assert found == fast and "fp32 " in measured and "bf16 " in measured, measured
+    after = [value for network in networks for value in network.state_dict().values()]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True)) and system.generator.training
+    assert all(p.grad is None for network in (*networks, small_clip) for p in network.parameters())
     assert torch.equal(torch.get_rng_state(), state) and devices.autocast is autocast
-    assert choices.settle_precision("fp16", generator, discriminator, 4, CPU) == ("fp16", "")
+    assert choices.settle_precision("fp16", system, sentences, CPU) == ("fp16", "")
     monkeypatch.setattr(devices, "has_bf16_routines", lambda: False)
-    assert choices.settle_precision("auto", generator, discriminator, 4, CPU) == ("fp32", "")
+    assert choices.settle_precision("auto", system, sentences, CPU) == ("fp32", "")
 
 
 def test_large_maps_are_timed_an_image_at_a_time(small_clip, monkeypatch):
-    """All small blocks on the whole share; else the last small and the last large one, on one image."""
+    """All small blocks on the whole share, or the last small and the last large one on one image, in their shapes."""
     resolved = config.load("cfg/demo.yml", ["model.imsize=64", "model.d_channels=16"])
-    generator, discriminator = build.generator_of(resolved, small_clip), build.discriminator_of(resolved, small_clip)
+    system = ClipGan.build(resolved, small_clip, small_clip)
     for large, sides, batch in (
         (2**20, [4, 8, 16, 32], 6),
         (16 * 64**2, [16, 32], 1),  # the last block's
         (64 * 16**2, [4, 32], 1),  # all but the first's
         (128 * 8**2, [32], 1),
     ):
-        monkeypatch.setattr(choices, "LARGE", large)
-        inputs = [own[0] for _, own in choices.parts_of_a_step(generator, discriminator, 6)]
+        monkeypatch.setattr(clip_gan, "LARGE", large)
+        inputs = [own[0] for _, own in system.parts_of_a_step(torch.ones(6, small_clip.embedding_dim))]
         assert [x.shape[-1] for x in inputs[:-1]] == sides and {len(x) for x in inputs} == {batch}
         assert inputs[-1].shape[1:] == (3, 64, 64)
 

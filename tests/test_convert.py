@@ -1,6 +1,7 @@
 """Released checkpoints written as ours: the same pictures, ready to train on from, and files that are neither."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,10 @@ import torch
 from helpers import assert_refused, fixture_input, relative_error, released_weights
 from PIL import Image
 
-from ratlip import build, checkpoint, config
+from ratlip import checkpoint, config
+from ratlip.released import load_networks
+from ratlip.systems import SYSTEMS
+from ratlip.systems.clip_gan import ClipGan
 from ratlip.trainer import Training
 
 
@@ -62,10 +66,11 @@ def test_training_can_go_on_from_it(converted, vitb32, fixtures):
     again = config.load("cfg/bird.yml", words)
     stored = {key: value for key, value in content["config"].items() if key.startswith(("model.", "clip."))}
     assert {key: config.flatten(again)[key] for key in stored} == stored
-    generator, discriminator = build.generator_of(again, vitb32), build.discriminator_of(again, vitb32)
-    t = Training(again.train, vitb32, generator, discriminator, None, torch.empty(0), "fp32", 1)
-    for name in ("generator", "discriminator", "optimizer_g", "optimizer_d"):
-        getattr(t, name).load_state_dict(content[name])
+    t = Training(again.train, ClipGan.build(again, vitb32, vitb32), None, torch.empty(0), "fp32", 1)
+    for name, network in t.networks.items():
+        network.load_state_dict(content[name])
+        t.optimizers[name].load_state_dict(content["optimizers"][name])
+    generator, discriminator = t.generator, t.networks["discriminator"]
     assert all(torch.equal(content["ema"][key], value) for key, value in content["generator"].items())
     with torch.no_grad():
         image = generator.eval()(fixture_input("noise", 1, 100), fixture_input("sent", 1, 512))
@@ -122,3 +127,34 @@ def test_cut_short_and_there_already(tmp_path, call):
     assert_refused(call("convert.py", tmp_path / "nowhere.pth", tmp_path / "out.pth"), "no checkpoint", "nowhere.pth")
     assert_refused(call("convert.py", tmp_path / "whole.pth", tmp_path / "cut.pth"), "cut.pth", "there already")
     assert (tmp_path / "cut.pth").stat().st_size == 5000
+
+
+@pytest.mark.parametrize("system", ["dfgan", "ratgan"])
+def test_systems_without_clip(system, tmp_path, call):
+    """Without the text encoder: it is asked for where captions are read."""
+    if system == "dfgan":
+        networks = {name: released_weights(f"dfgan64.{name}") for name in ("netG", "netD")}
+        content = {"model": {**networks, "netC": released_weights("dfgan.netC")}, "epoch": 1220}
+    else:
+        content = released_weights("ratgan.netG")
+    torch.save(content, tmp_path / "released.pth")
+    result = call("convert.py", tmp_path / "released.pth", tmp_path / "ours.pth")
+    assert result.returncode == 0, result.stderr
+    assert ("begin with a new discriminator" in result.stdout) == (system == "ratgan")
+    ours = checkpoint.read(tmp_path / "ours.pth")
+    assert ours["clip"] is None and ours["config"]["text.encoder"] == "damsm"
+    words = result.stdout.splitlines()[-1].removeprefix("to train on, set ").split()
+    again = config.load("cfg/bird.yml", words)
+    stored = {key: value for key, value in ours["config"].items() if key.startswith(("model.", "ratgan."))}
+    known = {key: value for key, value in config.flatten(again).items() if key in stored}
+    assert {**stored, "model.noise_scale": known.get("model.noise_scale")} == {**stored, **known}
+    built = SYSTEMS[system].build(again, None, SimpleNamespace(embedding_dim=256))
+    generator, discriminator, _ = load_networks(tmp_path / "released.pth", None)
+    inputs = fixture_input("noise", 2, 100), fixture_input("sent", 2, 256)
+    with torch.no_grad():
+        built.generator.load_state_dict(ours["generator"])
+        assert torch.equal(built.generator.eval()(*inputs), generator(*inputs))
+    if discriminator is not None:
+        assert all(torch.equal(value, ours["discriminator"][key]) for key, value in discriminator.state_dict().items())
+    result = call("sample.py", "cfg/bird.yml", "a grey bird", "--checkpoint", tmp_path / "ours.pth")
+    assert_refused(result, "text.encoder=damsm", "text.weights names no file")

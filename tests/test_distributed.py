@@ -222,9 +222,10 @@ def test_two_processes_have_the_gradients_of_one_with_batch_norm(words, tmp_path
         finished(script("train", words(tmp_path / str(processes), "train.batch_size=12", "train.lr_d=0"), processes))
     one, two = (state(tmp_path / str(processes), "state_epoch_001.pth") for processes in (1, 2))
     assert one["step"] == two["step"] == 1
-    for optimizer in ("optimizer_d", "optimizer_g"):  # exp_avg is the gradient times 1 - beta1
+    for optimizer in ("discriminator", "generator"):  # exp_avg is the gradient times 1 - beta1
         alone, both = (
-            torch.cat([s["exp_avg"].flatten() for s in state[optimizer]["state"].values()]) for state in (one, two)
+            torch.cat([s["exp_avg"].flatten() for s in state["optimizers"][optimizer]["state"].values()])
+            for state in (one, two)
         )
         assert float((both - alone).norm() / alone.norm()) < 1e-3, optimizer
     for key, value in one["generator"].items():
@@ -241,7 +242,7 @@ from ratlip.trainer import prepare, train_step
 
 training, batches, loader, _ = prepare(config.load(sys.argv[1], sys.argv[2:]))
 training.generator.train()
-networks = training.generator, training.discriminator, training.ema
+networks = *training.networks.values(), training.ema
 for number, batch in enumerate(loader):
     before = [value.clone() for network in networks for value in network.state_dict().values()]
     if number == 1 and distributed.rank() == 1:

@@ -107,7 +107,15 @@ def test_the_readmes_commands_run_in_order(tmp_path, clip_file):
 
 def test_links_lead_somewhere():
     folders = ("data/README.md", "logs/README.md", "saved_models/README.md")
-    for name in ("README.md", "CONTRIBUTING.md", "docs/running.md", "docs/demo.md", "docs/results.md", *folders):
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/running.md",
+        "docs/demo.md",
+        "docs/evaluation.md",
+        "docs/results.md",
+        *folders,
+    ):
         text = (ROOT / name).read_text()
         anchors = {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
                    for title in re.findall(r"^#+ (.*)", text, re.MULTILINE)}  # fmt: skip

@@ -10,12 +10,20 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from data.test_colours import rgb_profile
 from helpers import ROOT, TINY_RUN, assert_refused, released_weights, run
 from PIL import Image
 
-from ratlip import config
+from ratlip import config, sampling
 from ratlip.data import demo
+from ratlip.data.inventory import usable_items
+from ratlip.data.loader import Pictures, TestImages, to_floats
+from ratlip.encoders.clip_towers import load_clip
+from ratlip.evaluation import Evaluator, Scorer
+from ratlip.metrics.cmmd import squared_mmd
+from ratlip.metrics.diversity import vendi
+from ratlip.pictures import save_picture, to_pictures
 from ratlip.trainer import prepare, train_step
 
 OFFLINE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -67,11 +75,12 @@ def scores(result: subprocess.CompletedProcess, logs) -> dict:
 
 def test_folders_score_as_torch_fidelity_says(folders, inception_file, tmp_path, words):
     mine, theirs = folders
-    metrics = "eval.metrics=[fid,kid,precision,recall,clip_score,caption_accuracy]"
+    metrics = "eval.metrics=[fid,kid,precision,recall,is,clip_score,r_precision,caption_accuracy]"
     result = run("test.py", *words, metrics, f"eval.inception_weights={inception_file}",
                  "--images", mine, "--against", theirs, environment=OFFLINE)  # fmt: skip
     found = scores(result, tmp_path / "logs")
-    command = ["--input1", mine, "--input2", theirs, "--cpu", "--fid", "--kid", "--prc", "--kid-subset-size", THEIRS,
+    command = ["--input1", mine, "--input2", theirs, "--cpu", "--fid", "--kid", "--prc", "--isc", "--kid-subset-size",
+               THEIRS,
                "--feature-extractor", "inception-v3-compat", "--feature-extractor-weights-path", inception_file,
                "--no-cache", "--silent", "--json"]  # fmt: skip
     theirs_says = subprocess.run(
@@ -82,6 +91,8 @@ def test_folders_score_as_torch_fidelity_says(folders, inception_file, tmp_path,
     expected = json.loads(theirs_says.stdout[theirs_says.stdout.index("{") :])
     assert found["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
     assert found["kid"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
+    assert found["is"] == pytest.approx(expected["inception_score_mean"], rel=1e-4)
+    assert found["is/std"] == pytest.approx(expected["inception_score_std"], rel=1e-3)
     assert (found["precision"], found["recall"]) == (expected["precision"], expected["recall"])
     assert 0 < found["recall"] and 0 < found["precision"]
 
@@ -99,7 +110,7 @@ def test_folders_score_as_torch_fidelity_says(folders, inception_file, tmp_path,
 def test_results_do_not_depend_on_batches_and_processes(words, folders, inception_file, tmp_path):
     """11 samples: no batch size but 1 and no number of processes divides them."""
     cheap = (*words, "eval.samples=11", "--against", folders[1])
-    all_metrics = "eval.metrics=[fd_clip,clip_score,caption_accuracy,kid,precision,recall]"
+    all_metrics = "eval.metrics=[fd_clip,cmmd,clip_score,diversity,caption_accuracy,kid,precision,recall]"
     all_metrics = (all_metrics, f"eval.inception_weights={inception_file}")
     found = []
     for batch, more in ((64, all_metrics), (7, ()), (1, ())):
@@ -124,7 +135,7 @@ def test_statistics_are_made_once_kept_and_checked(words, tmp_path):
     (path,) = (tmp_path / "data" / "stats").iterdir()
     assert re.fullmatch(r"fd_clip-standard-[0-9a-f]{8}_test_64_6\.npz", path.name)
     content = dict(np.load(path))
-    assert set(content) == {"mu", "sigma", "count", "protocol", "weights", "pictures"}
+    assert set(content) == {"mu", "sigma", "count", "protocol", "weights", "pictures", "features"}
     assert (content["count"], content["mu"].shape, content["sigma"].shape) == (6, (128,), (128, 128))
     made = path.stat().st_mtime_ns
     again = scores(run("test.py", *words, environment=OFFLINE), tmp_path / "logs")
@@ -132,7 +143,9 @@ def test_statistics_are_made_once_kept_and_checked(words, tmp_path):
 
     np.savez(path, mu=content["mu"], sigma=content["sigma"])
     assert_refused(run("test.py", *words, environment=OFFLINE), str(path), "not written by this program", "delete it")
-    np.savez(path, **content)
+    np.savez(path, **{key: value for key, value in content.items() if key != "features"})
+    result = run("test.py", *words, environment=OFFLINE)
+    assert f"{path}: of an earlier version, which kept no picture's features; measured anew" in result.stdout
     picture = tmp_path / "data" / "images" / "test" / "0.png"
     Image.new("RGB", (64, 64)).save(picture)  # another test picture: the statistics no longer hold
     result = run("test.py", *words, environment=OFFLINE)
@@ -267,6 +280,125 @@ def test_a_folder_against_itself(words, folders, tmp_path):
     assert abs(scores(result, tmp_path / "logs")["fd_clip"]) < 1e-3
 
 
+CLIPS_METRICS = ("fd_clip", "cmmd", "clip_score", "diversity")
+
+
+def test_the_judge_is_another_clip(words, judge_file, folders, tmp_path, call):
+    """A generator reads one CLIP and is scored by the other: as its pictures, in a folder, are by that one."""
+    asked = f"eval.metrics=[{','.join(CLIPS_METRICS)}]"
+    judge = (f"eval.clip_weights={judge_file}", "eval.clip_activation=quick_gelu")
+    own = scores(call("test.py", *words, asked), tmp_path / "logs")
+    result = call("test.py", *words, asked, *judge, f"log.dir={tmp_path}/judged")
+    found = scores(result, tmp_path / "judged")
+    rows = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
+    for name in CLIPS_METRICS:
+        assert found[name] != own[name]
+        assert own["protocols"][name].startswith("judged by assets/demo/clip.pt (clip.weights); CLIP image embedding")
+        assert found["protocols"][name].startswith(f"judged by {judge_file} (eval.clip_weights); CLIP image embedding")
+        assert rows[name].endswith(f"judged by {judge_file} (eval.clip_weights)")
+    stats = [path.name for path in (tmp_path / "data" / "stats").iterdir()]
+    assert len(stats) == 2 and len(list((tmp_path / "data" / "cache").glob("captions_*.pt"))) == 2
+
+    drawn = tmp_path / "drawn"
+    made = config.load("cfg/demo.yml", [*words[1:], *judge, asked])
+    generator, clip, _ = sampling.load_generator(made, ROOT / "assets/demo/generator.pth")
+    evaluator = Evaluator(Scorer(made, clip, usable_items(made, "test")), usable_items(made, "test"))
+    for scored in evaluator._generated(generator):
+        for number, picture, text in zip(scored.numbers, to_pictures(scored.images), scored.captions, strict=True):
+            drawn.mkdir(exist_ok=True)
+            save_picture(picture, drawn / f"{number}.png", text)
+    as_clip = (f"clip.weights={judge_file}", "clip.activation=quick_gelu", "clip.feature_blocks=null")
+    folder = scores(call("test.py", *words, asked, *as_clip, f"log.dir={tmp_path}/folder", "--images", drawn),
+                    tmp_path / "folder")  # fmt: skip
+    for name in ("fd_clip", "cmmd", "clip_score"):  # PNGs have eight bits
+        assert folder[name] == pytest.approx(found[name], rel=0.02), name
+    assert "diversity" not in folder  # no caption has eight pictures
+
+
+@pytest.mark.parametrize(
+    ("words_for_judge", "parts"),
+    [
+        (["eval.clip_weights=nowhere.pt"], ["eval.clip_weights: no file 'nowhere.pt'"]),
+        (["eval.clip_weights={judge}"], ["eval.clip_weights", "eval.clip_activation=quick_gelu"]),
+        (["eval.clip_weights=ViT-B-32:{judge}"], ["eval.clip_weights", "no CLIP of that name"]),
+        (["eval.clip_source=hub"], ["eval.clip_source must be one of openai, open_clip"]),
+        (["eval.clip_weights=README.md"], ["eval.clip_weights: ", "README.md is not a CLIP"]),
+    ],
+)
+def test_a_judge_that_cannot_be_loaded_is_named(words, judge_file, words_for_judge, parts, call):
+    given = [word.format(judge=judge_file) for word in words_for_judge]
+    result = call("test.py", *words, *given)
+    assert_refused(result, *parts)
+    assert " clip.weights" not in result.stderr and ": clip.weights" not in result.stderr
+
+
+def test_training_is_judged_and_does_not_depend_on_it(demo_folder, clip_file, judge_file, tmp_path):
+    few = ("data.layout=folder", f"data.dir={demo_folder}", "model.imsize=32", f"clip.weights={clip_file}")
+    made, networks = [*TINY_RUN, *few, "train.device=cpu", "eval.metrics=[clip_score,diversity]"], []
+    for judge in ((), (f"eval.clip_weights={judge_file}", "eval.clip_activation=gelu")):
+        training, _, _, evaluator = prepare(config.load("cfg/demo.yml", [*made, *judge]))
+        networks.append(training.generator.state_dict())
+        found = evaluator(training.generator)
+        assert 1 <= found["diversity"] <= 8 and "diversity/real" not in found
+    assert all(torch.equal(value, networks[1][name]) for name, value in networks[0].items())
+    assert (
+        "activation gelu" in evaluator.protocols["clip_score"] and str(judge_file) in evaluator.protocols["diversity"]
+    )
+
+
+def test_real_pictures_are_scored_as_if_they_had_been_generated(words, tmp_path, call):
+    """Captions and all samples as a generator has them; distances of one half of the pictures to the other."""
+    asked = "eval.metrics=[fd_clip,cmmd,clip_score,diversity,caption_accuracy]"
+    result = call("test.py", *words, asked, "--real", "eval.samples=14")
+    found = scores(result, tmp_path / "logs")
+    assert found["images"] == 14 and found["caption_accuracy"] == 1.0
+    assert "the test split's own pictures" in found["scored"]
+    assert "against 3 pictures of the test split, the others are scored" in found["protocols"]["fd_clip"]
+    assert not (tmp_path / "data" / "stats").exists()  # of halves nothing is kept
+
+    made = config.load("cfg/demo.yml", [*words[1:], asked, "eval.samples=14"])
+    items, clip = usable_items(made, "test"), load_clip("assets/demo/clip.pt")
+    images = to_floats(torch.stack([TestImages(items, 64)[number][0] for number in range(6)]))
+    units = F.normalize(clip.image(images)[1].double(), dim=1)
+    pairs = [(number % 6, items[number % 6].captions[number // 6]) for number in range(14)]
+    sentences = F.normalize(clip.text(clip.tokenize([text for _, text in pairs]))[0].double(), dim=1)
+    expected = 100 * (units[[number for number, _ in pairs]] * sentences).sum(1).mean()
+    assert found["clip_score"] == pytest.approx(float(expected), rel=1e-5)
+    assert found["cmmd"] == pytest.approx(1000 * squared_mmd(units[::2], units[1::2], 10), abs=1e-3)
+    generated = scores(call("test.py", *words, asked, f"log.dir={tmp_path}/drawn"), tmp_path / "drawn")
+    assert 1 < generated["diversity"] < generated["diversity/real"] == found["diversity"]
+
+
+def test_real_pictures_against_a_folder_and_too_few(words, folders, tmp_path, call):
+    against = ("--real", "eval.metrics=[fd_clip]", "--against", folders[1])
+    found = scores(call("test.py", *words, *against), tmp_path / "logs")
+    assert found["images"] == 6 and f"20 pictures of {folders[1]}" in found["protocols"]["fd_clip"]
+    assert_refused(call("test.py", *words, "--real", "a.pth"), "--real", "a.pth")
+    (tmp_path / "data" / "test.txt").write_text("test/0\ntest/1\ntest/2")
+    assert_refused(call("test.py", *words, "--real", "eval.metrics=[fd_clip]"), "3 pictures", "needs 4")
+
+
+def test_pictures_of_one_caption_have_a_diversity(words, folders, tmp_path, call):
+    """Where a folder holds eight of a caption and size, as sample.sh --n 8 leaves them."""
+    folder, rng = tmp_path / "drawn", np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(19):  # nine of one caption, eight of another of which one is larger, and two more
+        attributes = demo.splits()[1][0 if number < 9 else 1 if number < 17 else number]
+        picture = Image.fromarray(demo.render([attributes], rng)[0])
+        picture = picture.resize((70, 70)) if number == 12 else picture
+        save_picture(picture, folder / f"{number:02}.png", demo.captions(attributes, np.random.default_rng(1), 1)[0])
+    result = call("test.py", *words, "eval.metrics=[diversity]", "--images", folder)
+    found = scores(result, tmp_path / "logs")
+    assert "8 pictures of each of 1 captions" in found["protocols"]["diversity"]
+    images = to_floats(torch.stack([Pictures(sorted(folder.glob("*.png")))[n][0] for n in range(8)]))
+    units = F.normalize(load_clip("assets/demo/clip.pt").image(images)[1].double(), dim=1)
+    assert found["diversity"] == pytest.approx(float(vendi(units @ units.T)), rel=1e-5)
+    assert found["images"] == 8
+    none = call("test.py", *words, "eval.metrics=[clip_score,diversity]", "--images", folders[0])
+    assert "without diversity: no caption has 8 pictures" in none.stdout
+    assert "diversity" not in scores(none, tmp_path / "logs")
+
+
 def test_evaluation_leaves_training_as_it_was(demo_folder, clip_file, tmp_path):
     few = ("data.layout=folder", f"data.dir={demo_folder}", "model.imsize=32", f"clip.weights={clip_file}")
     made = config.load("cfg/demo.yml", [*TINY_RUN, *few, "train.device=cpu", "eval.metrics=[fd_clip,clip_score]"])
@@ -276,7 +408,7 @@ def test_evaluation_leaves_training_as_it_was(demo_folder, clip_file, tmp_path):
     train_step(training, next(iter(loader)))
 
     def state() -> list[torch.Tensor]:
-        networks = (training.generator, training.discriminator, training.ema, training.clip)
+        networks = (*training.networks.values(), training.ema, training.system.clip)
         values = [value for network in networks for value in network.state_dict().values()]
         numpy_state = torch.from_numpy(np.random.get_state()[1].astype(np.int64))
         return [torch.random.get_rng_state(), numpy_state, *(value.clone() for value in values)]

@@ -124,14 +124,15 @@ class Gpu:
 
     def take(self, t: Training) -> Training:
         """Move networks, CLIP and captions here, in place; a fresh Training of them."""
-        for part in (part for net in (t.clip, t.generator, t.discriminator, t.ema) for part in net.modules()):
+        for part in (part for net in (t.system.clip, *t.networks.values(), t.ema) for part in net.modules()):
             for name, parameter in part.named_parameters(recurse=False):
                 setattr(part, name, nn.Parameter(self.tensor(parameter), parameter.requires_grad))
             for name, buffer in part.named_buffers(recurse=False):
                 setattr(part, name, self.tensor(buffer))
-        networks, sentences = (t.generator, t.discriminator, t.ema), self.tensor(t.sentences)
+        sentences = self.tensor(t.sentences)
+        t.system.state = {name: self.tensor(value) for name, value in t.system.state.items()}
         with self.fake:
-            return Training(t.settings, t.clip, *networks, sentences, t.precision, t.total_steps)
+            return Training(t.settings, t.system, t.ema, sentences, t.precision, t.total_steps)
 
     def _send(self, tensor: Tensor, place: torch.device) -> Tensor:
         if not isinstance(tensor, FakeTensor):
@@ -195,7 +196,7 @@ def test_a_step_stays_on_the_gpu_and_in_its_precision(ready, gpu, words):
         values = train_step(training, batch)
     host = {"learning_rate/g", "learning_rate/d"}
     assert {name for name, value in values.items() if value.device != gpu.device} == host
-    states = [state for optimizer in (training.optimizer_d, training.optimizer_g) for state in optimizer.state.values()]
+    states = [state for optimizer in training.optimizers.values() for state in optimizer.state.values()]
     assert states and all(value.device == gpu.device for state in states for value in state.values())
     low = torch.bfloat16 if training.precision == "bf16" else torch.float16
     assert never_wait.seen["convolutions"] == {low}
@@ -209,7 +210,8 @@ def scoring(ready, monkeypatch):
     """A Training, and an Evaluator by CLIP's metrics, of which all runs but what they answer at the end."""
     for metric in METRICS.values():
         monkeypatch.setattr(metric, "compute", lambda self: {})
-    training, _, _, evaluator = ready("eval.metrics=[fd_clip,clip_score]", "eval.batch_size=4", "eval.samples=6")
+    metrics = "eval.metrics=[fd_clip,cmmd,clip_score,diversity]"
+    training, _, _, evaluator = ready(metrics, "eval.batch_size=4", "eval.samples=6")
     return training, evaluator
 
 
@@ -225,7 +227,8 @@ def test_nothing_is_read_while_sampling_and_scoring(scoring):
 def test_sampling_and_scoring_stay_on_the_gpu(scoring, gpu, monkeypatch):
     training, evaluator = scoring
     scorer, training = evaluator.scorer, gpu.take(training)
-    evaluator.sentences, evaluator.precision, scorer.device = gpu.tensor(evaluator.sentences), "bf16", gpu.device
+    evaluator.sentences = evaluator.judged = gpu.tensor(evaluator.sentences)
+    evaluator.precision, scorer.device = "bf16", gpu.device
     (real,) = scorer.references.values()
     gaussian = Gaussian(gpu.tensor(real.gaussian.mean), gpu.tensor(real.gaussian.covariance))
     scorer.references["clip"] = real = replace(real, gaussian=gaussian)
@@ -289,17 +292,19 @@ def test_python_backward_is_autograds(ready, monkeypatch):
 @pytest.mark.parametrize("words", [*VARIANTS, EVERYTHING])
 def test_pytorch_sees_no_wait_in_a_step_either(ready, words):
     """On a GPU, after a step in which libraries are loaded; then scoring, all but what the metrics answer."""
-    training, _, loader, evaluator = ready("train.device=cuda", "eval.metrics=[fd_clip,clip_score]", *words)
+    metrics = "eval.metrics=[fd_clip,cmmd,clip_score,diversity]"
+    training, _, loader, evaluator = ready("train.device=cuda", metrics, *words)
     pinned = [Batch(*(tensor.pin_memory() for tensor in batch)) for batch in loader]
     for number, batch in enumerate(pinned):
         torch.cuda.set_sync_debug_mode("error" if number else "default")
         try:
             train_step(training, Batch(*(tensor.to("cuda", non_blocking=True) for tensor in batch)))
-            for scored in evaluator._generated(training.ema.eval()) if number else ():
-                for space in evaluator.scorer.spaces.values():
-                    scored.features[space.name] = space(scored.images)
-                for name in ("fd_clip", "clip_score"):
-                    METRICS[name](evaluator.scorer.references["clip"], 6).update(scored)
+            for stream in evaluator._streams(training.ema.eval()) if number else ():
+                for scored in stream.batches:
+                    for space in evaluator.scorer.spaces.values():
+                        scored.features[space.name] = space(scored.images)
+                    for name in stream.names:
+                        METRICS[name](evaluator.scorer.references["clip"], stream.count).update(scored)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert training.step == 3

@@ -16,7 +16,7 @@ def train(gradients, device="cpu", leave_out=False):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).to(device)
     optimizer = torch.optim.Adam(network.parameters(), 0.1, (0.5, 0.9), fused=True)
-    guard = Guard([network], [optimizer], torch.device(device))
+    guard = Guard({"network": network}, [optimizer], torch.device(device))
     kept = torch.zeros(2, device=device)
     for gradient in gradients:
         if leave_out and not torch.isfinite(torch.tensor(gradient)):
@@ -67,7 +67,7 @@ def test_what_stepped_before_stays():
     """From the first number that is not finite on: the optimiser whose turn it was before has made its step."""
     networks = [nn.Linear(2, 1) for _ in range(3)]
     optimizers = [torch.optim.Adam(network.parameters(), 0.1, fused=True) for network in networks]
-    guard = Guard(networks, optimizers, torch.device("cpu"))
+    guard = Guard(dict(enumerate(networks)), optimizers, torch.device("cpu"))
     before = [network.weight.detach().clone() for network in networks]
     guard.begin()
     for network, optimizer, loss in zip(networks, optimizers, (1.0, torch.nan, 1.0), strict=True):

@@ -7,10 +7,21 @@ import pytest
 import torch
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
+from helpers import fixture_input
 from PIL import Image, features
 
 from ratlip import lettering
-from ratlip.pictures import MIN_CELL, TITLE_WIDTH, captioned_grid, curves, filmstrip, save_pictures, to_pictures
+from ratlip.pictures import (
+    DIMMED,
+    MIN_CELL,
+    TITLE_WIDTH,
+    attention_grid,
+    captioned_grid,
+    curves,
+    filmstrip,
+    save_pictures,
+    to_pictures,
+)
 
 SHORT = "a photo"
 CAPTION = "a small blue heart at the top left on a yellow background"
@@ -36,6 +47,13 @@ def test_to_pictures_clamps_and_rounds():
     assert [(p.size, p.mode) for p in pictures] == [((9, 4), "RGB")] * 2
     assert np.array(pictures[0])[1, :, 0].tolist() == [0, 0, 0, 1, 140, 254, 255, 255, 255]
     assert not np.array(pictures[1])[..., 2].any() and np.array(pictures[1])[..., 0].any()
+
+
+def test_pictures_as_dfgan_saves_them(dfgan_answers):
+    """It cuts levels off where ours are rounded: what ours gives of a picture half a level darker."""
+    image = fixture_input("image", 2, 3, 256, 256).tanh()[:1]
+    found = np.asarray(to_pictures(image - 1 / 255)[0])
+    assert np.array_equal(found[::17, ::17], dfgan_answers["png.u8"])
 
 
 def test_to_pictures_gives_back_every_level():
@@ -261,3 +279,27 @@ def test_curves_show_every_loss_and_each_score_itself(tmp_path):
     figure.savefig(tmp_path / "curves.png")
     assert np.asarray(Image.open(tmp_path / "curves.png").convert("L")).std() > 5
     assert curves({}).axes == []
+
+
+@pytest.mark.parametrize("side", [64, 256])
+def test_attention_lights_what_read_a_word(side, monkeypatch):
+    """The left half read "red", the right half "ring"; one stage more reads both everywhere; padding is not shown."""
+    written = []
+    monkeypatch.setattr(lettering, "wrap", lambda text, width: written.append(text) or [])
+    halves = torch.zeros(4, 16, 16)
+    halves[0, :, :8] = halves[1, :, 8:] = 1
+    both = torch.zeros(4, 32, 32)
+    both[:2] = torch.tensor([0.75, 0.25])[:, None, None]
+    grid = attention_grid(torch.ones(3, side, side), [halves, both], ["red", "ring"], "a red ring")
+    assert written[:6] == ["a red ring", "red 50%", "ring 50%", "a red ring", "red 75%", "ring 25%"]
+    assert written[6:] == ["reading at 16 px", "reading at 32 px"]
+    levels, cell = np.array(grid)[..., 1], MIN_CELL + 8
+    assert grid.size == (TITLE_WIDTH + 3 * cell, 2 * (MIN_CELL + 10))
+
+    def at(row: int, column: int, share: float) -> int:
+        """Level in a cell, at a share of its width."""
+        return int(levels[row * (MIN_CELL + 10) + 60, TITLE_WIDTH + column * cell + 4 + int(share * MIN_CELL)])
+
+    dim = round(255 * DIMMED)
+    assert [at(0, column, share) for column in range(3) for share in (0.1, 0.9)] == [255, 255, 255, dim, dim, 255]
+    assert [at(1, column, share) for column in range(3) for share in (0.1, 0.9)] == [255, 255, 255, 255, 119, 119]

@@ -18,9 +18,11 @@ from helpers import ROOT, TINY_RUN, assert_refused
 from PIL import Image
 
 from ratlip import checkpoint, config
+from ratlip.build import clip_of
 from ratlip.data import layouts
 from ratlip.data.inventory import usable_items
 from ratlip.data.loader import Draw, TrainingImages
+from ratlip.evaluation import Evaluator, Scorer
 
 SPLITS = ("train", "test")
 
@@ -194,6 +196,48 @@ def test_copies_are_the_pixels_that_training_would_read(tmp_path, words, call):
     assert seen()[0] == [".bmp", ".bmp", ".png", ".bmp", ".png", ".bmp"]
     assert call("prepare.py", *words(root), "--resize").returncode == 0
     assert seen()[0] == [".bmp"] * 6
+
+
+def test_padded_pictures_have_copies_and_statistics_of_their_own(tmp_path, words, call):
+    root = build(tmp_path / "data")
+    for number in range(3):  # where the middle is not the whole
+        write(root / f"images/test/{number}.png", encoded(picture(number, (40, 20)), "PNG"))
+    asked, padded = ("--resize", "eval.metrics=[fd_clip]"), "data.fit=pad"
+    assert call("prepare.py", *words(root), *asked).returncode == 0
+    before = set(kept(root))
+    result = call("prepare.py", *words(root), *asked, padded)
+    assert result.returncode == 0 and "anew" not in result.stdout
+    made = {path.parent.name if path.suffix == ".bmp" else path.name for path in map(Path, set(kept(root)) - before)}
+    statistics = [path.name for path in (root / "stats").iterdir()]
+    assert sorted("_16_pad_" in name for name in statistics) == [False, True]
+    assert len({bytes(dict(np.load(root / "stats" / name))["mu"]) for name in statistics}) == 2
+    assert Image.open(root / "cache/resized_19_pad/train/2.bmp").size == (19, 19), made
+    again = call("prepare.py", *words(root), *asked)
+    assert "anew" not in again.stdout and len(list((root / "stats").iterdir())) == 2
+
+    settings = loaded([*words(root), padded])
+    items = usable_items(settings, "train")
+    images = TrainingImages(items, 16, settings.data.enlarge, True, 0, settings.data.fit)
+    with_copies = [images[Draw(5, number, 0, 0)][0] for number in range(len(items))]
+    assert {item.image.parts[-3] for item in items} == {"resized_19_pad"}
+    shutil.rmtree(root / "cache/resized_19_pad")
+    images = TrainingImages(usable_items(settings, "train"), 16, settings.data.enlarge, True, 0, settings.data.fit)
+    assert all(torch.equal(image, images[Draw(5, number, 0, 0)][0]) for number, image in enumerate(with_copies))
+
+
+def test_statistics_and_captions_by_a_judge(tmp_path, words, judge_file, call):
+    root = build(tmp_path / "data")
+    judge = (f"eval.clip_weights={judge_file}", "eval.clip_activation=gelu", "eval.metrics=[fd_clip,clip_score]")
+    prepared = call("prepare.py", *words(root), *judge)
+    assert prepared.returncode == 0 and f"by {judge_file}" in prepared.stdout
+    assert len(list((root / "cache").glob("captions_*.pt"))) == 3  # of both splits; of the test split by the judge
+    before = kept(root)
+    settings = loaded([*words(root), *judge])
+    items = usable_items(settings, "test")
+    Evaluator(Scorer(settings, clip_of(settings), items), items)
+    assert kept(root) == before
+    own = call("prepare.py", *words(root), "eval.metrics=[fd_clip,clip_score]")
+    assert own.returncode == 0 and len(list((root / "stats").iterdir())) == 2
 
 
 def score(result: subprocess.CompletedProcess) -> float:
@@ -524,7 +568,7 @@ def test_pixels_and_captions_of_every_layout(layout, tmp_path, words, call):
         assert item.captions == [f"caption {number}", f"another of {number}"]
         original = Image.open(root / image.format(number, subset="train")).convert("RGB")
         if layout == "bird":
-            x, y, w, h = boxes[number]
+            x, y, w, h = map(int, boxes[number])
             r, cx, cy = int(0.75 * max(w, h)), int(x + w / 2), int(y + h / 2)
             original = original.crop((max(0, cx - r), max(0, cy - r), min(40, cx + r), min(30, cy + r)))
         scale = 20 / min(original.size)

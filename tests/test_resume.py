@@ -289,8 +289,8 @@ def test_precision_and_momentum_may_change(words, whole, tmp_path):
     assert "train.precision: fp32 -> fp16" in result.stdout and "train.beta1: 0.5 -> 0.25" in result.stdout
     state = last_state(tmp_path)
     assert state["step"] == 12 and state["scaler"]
-    for optimizer in ("optimizer_g", "optimizer_d"):
-        assert state[optimizer]["param_groups"][0]["betas"] == (0.25, 0.95)
+    for optimizer in state["optimizers"].values():
+        assert optimizer["param_groups"][0]["betas"] == (0.25, 0.95)
 
 
 def test_only_the_newest_checkpoints_are_kept(words, tmp_path):

@@ -59,6 +59,13 @@ def test_truncated_noise_has_the_truncated_normal_distribution():
         truncated(noise, 0)
 
 
+def test_noise_of_dfgans_evaluation(dfgan_answers):
+    """By quantiles: 0.88 times a normal cut at 2."""
+    noise = torch.special.ndtri(torch.from_numpy(dfgan_answers["noise.u"]).double())
+    assert relative_error(truncated(noise, 2.0, 0.88), dfgan_answers["noise.z"]) < 1e-6
+    assert truncated(seeded_noise(0, range(500), 100), 2.0, 0.88).std() == pytest.approx(0.774, abs=0.01)
+
+
 def test_interpolation_keeps_to_the_great_circle():
     start, end = seeded_noise(0, [0, 1], 100)
     end = 2 * end
@@ -207,7 +214,7 @@ def test_what_was_drawn_is_scored_as_it_lies(tmp_path, call):
     found = json.loads(line.read_text())
     assert found["images"] == 16
 
-    generator, clip, _ = load_generator(config.load("cfg/demo.yml"), "assets/demo/generator.pth")
+    generator, clip, _, _ = load_generator(config.load("cfg/demo.yml"), "assets/demo/generator.pth")
     sentences = embed_captions(clip, captions)
     images = draw(generator, sentences, seeded_noise(0, range(8), generator.noise_dim))
     levels = ((images + 1) * 127.5).round() / 127.5 - 1  # as 8 bits keep them

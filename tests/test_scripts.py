@@ -44,7 +44,17 @@ def test_env_keeps_the_callers_pythonpath(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-EVERY = ["train.sh", "resume.sh", "prepare.sh", "sample.sh", "test.sh", "check.sh", "env.sh", "slurm.sbatch"]
+EVERY = [
+    "train.sh",
+    "resume.sh",
+    "pretrain.sh",
+    "prepare.sh",
+    "sample.sh",
+    "test.sh",
+    "check.sh",
+    "env.sh",
+    "slurm.sbatch",
+]
 
 
 @pytest.mark.parametrize("name", EVERY)

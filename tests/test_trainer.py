@@ -45,7 +45,7 @@ def steps(made, count: int) -> dict[str, torch.Tensor]:
         for batch in loader:
             if training.step < count:
                 train_step(training, batch)
-    networks = {"g": training.generator, "d": training.discriminator, "ema": training.ema}
+    networks = {"g": training.generator, "d": training.networks["discriminator"], "ema": training.ema}
     return {f"{n}.{key}": value.clone() for n, net in networks.items() for key, value in net.state_dict().items()}
 
 
@@ -58,23 +58,24 @@ def test_the_seed_decides_every_bit(make):
 @pytest.mark.parametrize("more", [(), ("model.name=galip", "train.augment_shift=0.1", "train.ema=0.5")])
 def test_everything_that_should_learn_changes_and_clip_does_not(make, more):
     made = make(*more)
-    clip_before = copy.deepcopy(made[0].clip.state_dict())
+    clip_before = copy.deepcopy(made[0].system.clip.state_dict())
     before = steps(made, 0)
     after = steps(made, 3)
     for prefix in ("g.", "d.", "ema."):
         assert any(not torch.equal(before[key], after[key]) for key in before if key.startswith(prefix)), prefix
-    assert all(torch.equal(value, clip_before[key]) for key, value in made[0].clip.state_dict().items())
-    assert all(p.grad is None and not p.requires_grad for p in made[0].clip.parameters())
-    assert all(p.requires_grad for p in made[0].discriminator.parameters())
+    assert all(torch.equal(value, clip_before[key]) for key, value in made[0].system.clip.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in made[0].system.clip.parameters())
+    assert all(p.requires_grad for p in made[0].networks["discriminator"].parameters())
 
 
 def test_whitening_is_that_of_training_images(make):
     training, _, loader = make("model.d_whiten=true")
     items = range(len(loader.dataset))
     images = torch.stack([loader.dataset[Draw(0, number, 0, 0)][0] for number in items])  # fewer than are looked at
-    prepared = training.discriminator.prepare(training.clip.feature_maps(to_floats(images)))
+    maps = training.system.clip.feature_maps(to_floats(images))
+    prepared = training.networks["discriminator"].prepare(maps)
     assert prepared.mean(0).abs().max() < 1e-3 and 0.1 < prepared.std() <= 1
-    assert not make("model.d_whiten=false")[0].discriminator.whiten
+    assert not make("model.d_whiten=false")[0].networks["discriminator"].whiten
 
 
 class Recorder(torch.optim.Adam):
@@ -95,13 +96,14 @@ class Recorder(torch.optim.Adam):
 
 def test_each_update_leaves_the_other_network_alone(make):
     training, batches, loader = make()
-    g, d = training.generator, training.discriminator
-    training.optimizer_g = Recorder(g.parameters(), 1e-3).watch(g, d)
-    training.optimizer_d = Recorder(d.parameters(), 1e-3).watch(d, g)
+    g, d = training.generator, training.networks["discriminator"]
+    training.optimizers["generator"] = Recorder(g.parameters(), 1e-3).watch(g, d)
+    training.optimizers["discriminator"] = Recorder(d.parameters(), 1e-3).watch(d, g)
     for batch in loader:
         before = {key: value.clone() for key, value in g.named_parameters()}
         train_step(training, batch)
-    assert training.optimizer_d.seen == training.optimizer_g.seen == [(True, True)] * len(batches)
+    for optimizer in training.optimizers.values():
+        assert optimizer.seen == [(True, True)] * len(batches)
     assert any(not torch.equal(value, before[key]) for key, value in g.named_parameters())
 
 
@@ -112,9 +114,9 @@ def test_step_equals_the_losses_written_out(make, whiten):
     still = ("train.ema=0", "train.augment_shift=0", "train.augment_brightness=0")
     training, _, loader = make(*still, f"model.d_whiten={whiten}")
     batch = next(iter(loader))
-    clip, s = training.clip, training.settings
+    clip, s = training.system.clip, training.settings
     sentence, wrong = training.sentences[batch.rows], training.sentences[batch.mismatched_rows]
-    g, d = (build_copy(network, clip) for network in (training.generator, training.discriminator))
+    g, d = (build_copy(network, clip) for network in (training.generator, training.networks["discriminator"]))
     rng = np.random.default_rng((s.seed, 0))
     noise = torch.from_numpy(rng.standard_normal((s.batch_size, g.noise_dim), dtype=np.float32))
 
@@ -137,7 +139,7 @@ def test_step_equals_the_losses_written_out(make, whiten):
     # The generator then faces the updated discriminator.
     maps, embedding = clip.image(g(noise, sentence))
     similarity = torch.nn.functional.cosine_similarity(embedding, sentence).mean()
-    loss_g = -training.discriminator(maps, sentence).mean() - s.sim_w * similarity
+    loss_g = -training.networks["discriminator"](maps, sentence).mean() - s.sim_w * similarity
     expected_g = dict(zip(names(g), torch.autograd.grad(loss_g, list(g.parameters()), allow_unused=True), strict=True))
     for name, expected in expected_g.items():
         near = 1e-4 * float(expected.abs().max()) + 1e-9
@@ -160,19 +162,20 @@ def test_a_batch_that_is_not_finite_changes_nothing(make):
     training, batches, loader = make("train.max_bad_steps=3")
     first, second, third = list(loader)
     train_step(training, first)
-    adam = [state for o in (training.optimizer_g, training.optimizer_d) for state in o.state.values()]
-    before = copy.deepcopy([net.state_dict() for net in (training.generator, training.discriminator, training.ema)])
+    adam = [state for optimizer in training.optimizers.values() for state in optimizer.state.values()]
+    networks = (*training.networks.values(), training.ema)
+    before = copy.deepcopy([network.state_dict() for network in networks])
     before += copy.deepcopy(adam)
     poisoned = second._replace(images=to_floats(second.images))
     poisoned.images[0, 0, 5, 5] = torch.nan
     values = train_step(training, poisoned)
-    after = [net.state_dict() for net in (training.generator, training.discriminator, training.ema)] + adam
+    after = [network.state_dict() for network in networks] + adam
     assert all(torch.equal(b[key], a[key]) for b, a in zip(before, after, strict=True) for key in b)
     assert int(values["bad_steps"]) == training.bad_steps == training.bad_in_a_row == 1 and training.step == 2
     values = train_step(training, third)
     assert all(torch.isfinite(value) for value in values.values())
     assert (training.bad_steps, training.bad_in_a_row) == (1, 0)
-    assert not torch.equal(before[0]["to_rgb.weight"], training.generator.state_dict()["to_rgb.weight"])
+    assert not torch.equal(before[1]["to_rgb.weight"], training.generator.state_dict()["to_rgb.weight"])
 
 
 def test_generator_that_is_not_finite_leaves_averages_alone(make):
@@ -194,13 +197,13 @@ def test_discriminator_keeps_its_step_where_only_the_generator_is_not_finite(mak
         training.settings.sim_w = weight
         start = {key: value.clone() for key, value in training.generator.state_dict().items()}
         values = train_step(training, next(iter(loader)))
-        found.append([*training.discriminator.state_dict().values(), values["gradient_norm/d"]])
+        found.append([*training.networks["discriminator"].state_dict().values(), values["gradient_norm/d"]])
     assert all(torch.equal(good, bad) for good, bad in zip(*found, strict=True))
     assert training.bad_steps == 1 and torch.isnan(values["gradient_norm/g"])
     for network in (training.generator, training.ema):
         assert all(torch.equal(value, start[key]) for key, value in network.state_dict().items())
-    assert {float(state["step"]) for state in training.optimizer_g.state.values()} == {0.0}
-    assert {float(state["step"]) for state in training.optimizer_d.state.values()} == {1.0}
+    assert {float(state["step"]) for state in training.optimizers["generator"].state.values()} == {0.0}
+    assert {float(state["step"]) for state in training.optimizers["discriminator"].state.values()} == {1.0}
 
 
 def test_divergence_is_seen_at_the_next_look(demo_folder, clip_file, tmp_path, call, monkeypatch):
@@ -240,7 +243,9 @@ def test_low_precision_gradients_point_the_same_way(make, precision, name, least
     for each in ("fp32", precision):
         # Adam's first step follows the sign of every gradient, however small: the generator is to face the same D.
         still = ("train.lr_d=0", "train.lr_g=0", "train.batch_size=12", f"train.device={device}")
-        training, _, loader = make(f"train.precision={each}", f"model.name={name}", "model.d_start=1.0", *still)
+        training, _, loader = make(
+            f"train.precision={each}", f"model.name={name}", "model.d_start=1.0", "model.d_whiten=true", *still
+        )
         batch = Batch(*(tensor.to(device) for tensor in next(iter(loader))))
         found = watch_gradients(training)
         values = train_step(training, batch)

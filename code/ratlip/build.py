@@ -1,10 +1,14 @@
-"""From a resolved configuration to CLIP and the networks."""
+"""From a resolved configuration to the encoders and the generator."""
+
+from pathlib import Path
 
 from easydict import EasyDict
+from torch import nn
 
+from ratlip.encoders import TextEncoder
 from ratlip.encoders.clip_towers import FrozenClip, load_clip
-from ratlip.models.clip_gan.discriminator import Discriminator
-from ratlip.models.clip_gan.generator import Generator
+from ratlip.encoders.damsm import load_damsm
+from ratlip.systems import SYSTEMS
 
 
 def clip_of(config: EasyDict) -> FrozenClip:
@@ -20,21 +24,16 @@ def clip_of(config: EasyDict) -> FrozenClip:
     )
 
 
-def generator_of(config: EasyDict, clip: FrozenClip) -> Generator:
+def text_encoder_of(config: EasyDict, clip: FrozenClip) -> TextEncoder:
+    """What reads the generator's captions, as `config.text` says: `clip` itself, or DAMSM's encoder beside it."""
+    settings = config.text
+    if settings.encoder == "clip":
+        return clip
+    folder = Path(config.data.dir)
+    encoder = load_damsm(settings.weights, settings.vocabulary, folder, settings.words, config.train.seed)
+    return encoder.to(clip.mean.device)
+
+
+def generator_of(config: EasyDict, clip: FrozenClip, text: TextEncoder) -> nn.Module:
     """The generator that `config.model` describes, freshly initialised."""
-    model = config.model
-    return Generator(
-        clip,
-        model.imsize,
-        model.nf,
-        model.z_dim,
-        model.name,
-        rat_state=model.rat.state,
-        rat_scope=model.rat.scope,
-        shuffle_attention=model.shuffle_attention,
-    )
-
-
-def discriminator_of(config: EasyDict, clip: FrozenClip) -> Discriminator:
-    """The discriminator that `config.model` describes, freshly initialised."""
-    return Discriminator(clip, config.model.d_channels, config.model.d_start, config.model.d_whiten)
+    return SYSTEMS[config.model.name].make_generator(config, clip, text)

@@ -1,5 +1,6 @@
 """Checkpoint files: written beside and renamed, read without ever running what is inside."""
 
+import codecs
 import functools
 import os
 import pickle
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ratlip import distributed
@@ -63,6 +65,40 @@ def read(path: str | Path, mmap: bool = False) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Builds plain containers, texts, numbers and NumPy's arrays of numbers; what would import code is refused."""
+
+    ARRAYS = {
+        "_reconstruct": np.zeros(0).__reduce__()[0],
+        "scalar": np.float64(0).__reduce__()[0],
+        "ndarray": np.ndarray,
+        "dtype": np.dtype,
+        "encode": codecs.encode,  # of an array's bytes, where Python 3 writes for Python 2
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "_codecs") and name in self.ARRAYS:
+            return self.ARRAYS[name]
+        raise pickle.UnpicklingError(f"asks for {module}.{name}")
+
+
+def read_pickle(path: Path) -> Any:
+    """The plain containers, texts, numbers and arrays of them in a pickle, as data sets have them; Python 2's byte
+    strings as Latin-1.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UserError: a broken one, or one that asks to run code.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _PlainUnpickler(file, encoding="latin-1").load()
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a broken pickle can fail in any way
+        raise UserError(f"{path}: no pickle of plain lists and texts, refused ({first_line(error)})") from None
 
 
 def _read_safetensors(path: Path) -> OrderedDict:

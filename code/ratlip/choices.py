@@ -9,9 +9,7 @@ from torch import Tensor
 from ratlip import device as devices
 from ratlip import distributed
 from ratlip.encoders.clip_towers import PRODUCTS, FrozenClip
-from ratlip.models.blocks import LARGE
-from ratlip.models.clip_gan.discriminator import Discriminator
-from ratlip.models.clip_gan.generator import Generator
+from ratlip.systems.system import System
 
 LEAD = 0.1  # share of the published way's time that another must save to be taken
 ROUNDS = 12
@@ -76,14 +74,12 @@ def settle_products(clip: FrozenClip, asked: str, batch: int, place: torch.devic
     return measured
 
 
-def settle_precision(
-    asked: str, generator: Generator, discriminator: Discriminator, share: int, place: torch.device
-) -> tuple[str, str]:
+def settle_precision(asked: str, system: System, sentences: Tensor, place: torch.device) -> tuple[str, str]:
     """The precision to train in: the one `asked` for; with "auto" on a GPU bf16 where it computes in it; on a CPU the
     one of fp32 and bf16 in which parts of a step are faster here; the first process decides.
 
     Args:
-        share: images of this process in a step.
+        sentences: (B, E), of the captions of this process's share of a step, on the CPU.
 
     Returns:
         precision, and what was measured, in words; "" where nothing was.
@@ -92,7 +88,7 @@ def settle_precision(
     def way(precision: str) -> Callable[[], object]:
         def work() -> None:
             with devices.autocast(place, precision):
-                losses = parts_of_a_step(generator, discriminator, share)
+                losses = system.parts_of_a_step(sentences)
             for loss, inputs in losses:
                 torch.autograd.grad(loss, inputs, allow_unused=True)
 
@@ -103,39 +99,12 @@ def settle_precision(
             return devices.choose_precision(asked, place), ""
         if not devices.has_bf16_routines():
             return "fp32", ""
-        training = generator.training
-        generator.eval()  # else the sums of BatchNorm would wait for the other processes
+        for network in system.networks.values():
+            network.eval()  # else the sums of BatchNorm would wait for the other processes
         try:
             return fastest({precision: way(precision) for precision in ("fp32", "bf16")}, SECONDS["precision"])
         finally:
-            generator.train(training)
+            for network in system.networks.values():
+                network.train()
 
     return distributed.first_decides(decide)
-
-
-def parts_of_a_step(
-    generator: Generator, discriminator: Discriminator, share: int
-) -> list[tuple[Tensor, list[Tensor]]]:
-    """The forward pass of what takes most of the time of a step of `share` images; losses, and what to differentiate
-    each with respect to.
-
-    The generator's blocks, each on maps of the run's shapes; CLIP and the discriminator. Where maps are large it is one
-    image, as training takes these sample by sample, and of the blocks with small and with large maps, which are much
-    alike, only the last is run.
-    """
-    clip, losses = generator.clip, []
-    sides = zip([clip.grid, *generator.sizes], generator.sizes, strict=False)
-    blocks = [(block, *own) for block, own in zip(generator.blocks, sides, strict=True)]
-    small = [(block, h, size) for block, h, size in blocks if block.conv1.conv.out_channels * size**2 < LARGE]
-    large = blocks[len(small) :]
-    batch, timed = (1, [*small[-1:], large[-1]]) if large else (min(share, 16), small)
-    for block, h, size in timed:
-        x = torch.ones(batch, block.conv1.conv.in_channels, h, h).to(memory_format=torch.channels_last)
-        affines = [(torch.ones(batch, channels, 1, 1),) * 2 for channels in block.affine_channels]
-        (y,) = block([x.requires_grad_()], size, affines)  # (batch, C, size, size)
-        losses.append((y.float().square().mean(), [x, *block.parameters()]))
-    images = torch.ones(batch, 3, generator.sizes[-1], generator.sizes[-1], requires_grad=True)
-    maps, _ = clip.image(images)
-    logits = discriminator(maps, torch.ones(batch, clip.embedding_dim))
-    losses.append((logits.float().mean(), [images, *discriminator.parameters()]))
-    return losses

@@ -1,8 +1,8 @@
-"""Configuration: default.yml, then a run file, then key=value words; strict, with errors a person can act on."""
+"""Configuration: default.yml, the system, a run file, key=value words; strict, with errors a person can act on."""
 
 import difflib
+import functools
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -13,12 +13,13 @@ from typing import Any
 import yaml
 from easydict import EasyDict
 
-from ratlip import paths
+from ratlip import paths, published
 from ratlip.errors import UserError
 from ratlip.paths import ROOT
 from ratlip.text import decode_text
 
 DEFAULT = ROOT / "cfg" / "default.yml"
+SYSTEMS = ROOT / "cfg" / "systems"  # a file for each
 OWN, RECORD = "config.yml", "run.json"  # in a run's folder: its settings, and whose it is (ratlip.runs)
 NO_SETTINGS = ("name", "file", "origin")  # what else a resolved configuration carries
 # What holds for one start of the program and no later one, unless the file says so.
@@ -26,12 +27,17 @@ OF_A_START = ("train.resume", "train.max_hours", "clip.insist")
 
 CHOICES = {
     "data.layout": ("demo", "bird", "flower", "face", "coco", "folder", "webdataset", "parquet"),
-    "model.name": ("ratlip", "galip"),
+    "data.fit": ("crop", "pad"),
     "model.rat.state": ("shared", "independent"),
     "model.rat.scope": ("mapper", "all"),
     "clip.source": ("openai", "open_clip"),
     "clip.activation": ("quick_gelu", "gelu"),
     "clip.preprocess": ("standard", "released"),
+    "text.encoder": ("clip", "damsm"),
+    "damsm.image_encoder": ("inception", "clip"),
+    "ratgan.affines": (4, 6),
+    "eval.clip_source": ("openai", "open_clip"),
+    "eval.clip_activation": ("quick_gelu", "gelu"),
     "clip.products": ("auto", "linear", "convolution"),
     "train.device": ("auto", "cpu", "cuda"),
     "train.precision": ("auto", "fp32", "bf16", "fp16"),
@@ -43,6 +49,13 @@ AT_LEAST = {
     "model.z_dim": 1,
     "model.d_channels": 4,
     "model.d_start": 0.0,
+    "model.noise_scale": 0.0,
+    "ratgan.g_start": 0.0,
+    "text.words": 1,
+    "damsm.batch_size": 2,
+    "damsm.max_epoch": 1,
+    "damsm.lr": 0.0,
+    "damsm.clip_grad": 0.0,
     "train.batch_size": 2,  # the mismatched caption is another image's
     "train.mismatch_pool": 1,
     "train.max_epoch": 1,
@@ -71,47 +84,6 @@ SHARES = (
     "train.augment_shift",
     "train.augment_brightness",
 )  # from 0 up to 1
-# Released GALIP and RATLIP files are flat. Where their keys stand here; all others no longer mean anything.
-FLAT = {
-    "CONFIG_NAME": "model.name",
-    "dataset_name": "data.layout",
-    "data_dir": "data.dir",
-    "imsize": "model.imsize",
-    "z_dim": "model.z_dim",
-    "nf": "model.nf",
-    "manual_seed": "train.seed",
-    "cuda": "train.device",
-    "clip4trn": "clip.weights",
-    "max_epoch": "train.max_epoch",
-    "batch_size": "train.batch_size",
-    "lr_g": "train.lr_g",
-    "lr_d": "train.lr_d",
-    "sim_w": "train.sim_w",
-    "gen_interval": "log.gen_interval",
-    "test_interval": "log.test_interval",
-    "save_interval": "log.save_interval",
-    "sample_times": "eval.sample_times",
-    "npz_path": "eval.released_npz",
-}
-
-
-def _released_path(value: Any) -> Any:
-    """The released programs ran in their code/ folder: what is there only when seen from it is meant from there."""
-    from_code = Path(os.path.normpath(ROOT / "code" / str(value)))
-    return str(from_code) if from_code.exists() and not (ROOT / str(value)).exists() else value
-
-
-FLAT_VALUES = {
-    "model.name": lambda value: "galip" if "galip" in str(value).lower() else "ratlip",
-    "data.layout": lambda value: {"birds": "bird", "cub": "bird", "flowers": "flower", "faces": "face"}.get(
-        str(value).lower(), str(value).lower()
-    ),
-    "data.dir": _released_path,
-    "eval.released_npz": _released_path,
-    "train.device": lambda value: "auto" if value else "cpu",
-    "clip.weights": lambda value: value.get("type") if isinstance(value, dict) else value,
-}
-
 OPTIONAL = {  # null, or of this type
     "data.test_dir": str,
     "model.shipped": str,
@@ -120,6 +92,11 @@ OPTIONAL = {  # null, or of this type
     "clip.activation": str,
     "clip.feature_blocks": list,
     "clip.prompt_blocks": list,
+    "text.weights": str,
+    "text.vocabulary": str,
+    "damsm.batch_size": int,
+    "eval.clip_weights": str,
+    "eval.clip_activation": str,
     "eval.inception_weights": str,
     "eval.inception_released_weights": str,
     "eval.released_npz": str,
@@ -129,6 +106,9 @@ PATHS = (
     "data.test_dir",
     "model.shipped",
     "clip.weights",  # or a name to download
+    "text.weights",
+    "text.vocabulary",
+    "eval.clip_weights",  # as well
     "train.resume",  # or auto, or an epoch
     "eval.inception_weights",
     "eval.inception_released_weights",
@@ -153,21 +133,22 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
     """The resolved configuration of a run file.
 
     Args:
-        path: a YAML file with any of the keys of cfg/default.yml; or the folder of a run, for its own config.yml. What
-            is not in the caller's folder is looked for in the repository.
+        path: a YAML file with any of the keys of cfg/default.yml that the system reads; or the folder of a run, for its
+            own config.yml. What is not in the caller's folder is looked for in the repository.
         overrides: words like "train.batch_size=8", stronger than the file; "run=NAME" names a run.
 
     Returns:
         Every key of default.yml, as nested attributes. `name` is the run file's stem (of a run's own file: the name of
-        its experiment), `file` its path, `origin` an `Origin`. Relative paths were meant from the repository in a file,
+        its experiment), with the system's behind it where a word has chosen another than the file; `file` its path,
+        `origin` an `Origin`. Relative paths were meant from the repository in a file,
         from the working folder in a word; all are as they are used from the latter.
 
     Raises:
         UserError: names the file or word, the key, and the nearest valid key.
     """
     path, folder = _find(path)
-    content = _read_yaml(path)
-    content = _translate(path, content) if "dataset_name" in content else flatten(content)
+    content = {} if path.resolve() == DEFAULT else _read_yaml(path)
+    content = _read_keys(path, content)
     if folder:
         content.pop("train.resume", None)  # as programs before this one left it
     record = read_record(folder) if folder else {}
@@ -176,7 +157,45 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
     content = _checked([(str(path), content)], defaults)
     origin = Origin(record.get("stated", content), _checked(words, defaults), run, folder)
     name = record.get("name") or (folder.resolve().parent.name if folder else path.stem)
-    return resolve({**defaults, **content, **origin.words}, name, str(path), origin)
+
+    systems = [
+        settings.get("model.name", defaults["model.name"]) for settings in (content, {**content, **origin.words})
+    ]
+    if systems[0] != systems[1]:
+        name = f"{name}_{systems[1]}"
+    unread = unread_settings(systems[1])
+    for source, settings in [*([] if folder else [(str(path), content)]), *words]:
+        for key in sorted(unread.intersection(settings)):
+            raise UserError(f"{source}: {key} is not read by {systems[1]}, but by {', '.join(_readers(key))}")
+    layout = {**defaults, **content, **origin.words}["data.layout"]
+    return resolve({**base_settings(systems[1], layout), **content, **origin.words}, name, str(path), origin)
+
+
+def base_settings(system: str, layout: str) -> dict[str, Any]:
+    """What holds where neither file nor word says anything, flat: the defaults, the system's, those for the layout."""
+    defaults, content = default_settings(), _read_yaml(SYSTEMS / f"{system}.yml")
+    below = base_settings(content["like"], layout) if "like" in content else defaults
+    layouts = {name: flatten(content.pop(name)) for name in CHOICES["data.layout"] if name in content}
+    own = flatten({key: value for key, value in content.items() if key not in ("like", "reads")})
+    source = f"cfg/systems/{system}.yml"
+    return {**below, **_checked([(source, own), (f"{source}: {layout}", layouts.get(layout, {}))], defaults)}
+
+
+def unread_settings(system: str) -> set[str]:
+    """The settings that belong to other systems, of those that the files of cfg/systems say they read."""
+    return {key for key in default_settings() if (readers := _readers(key)) and system not in readers}
+
+
+def _readers(key: str) -> list[str]:
+    """The systems that say they read a setting, or the group that it is in; []: it is everybody's."""
+    groups = {".".join(key.split(".")[:count]) for count in range(1, key.count(".") + 2)}
+    return [system for system, reads in _reads(SYSTEMS).items() if groups & reads]
+
+
+@functools.cache
+def _reads(folder: Path) -> dict[str, set[str]]:
+    """What each system says it reads."""
+    return {file.stem: set(_read_yaml(file).get("reads", ())) for file in sorted(folder.glob("*.yml"))}
 
 
 def resolve(settings: dict[str, Any], name: str, file: str, origin: Origin) -> EasyDict:
@@ -196,11 +215,12 @@ def settings_of(config: EasyDict) -> dict[str, Any]:
 
 
 def kept_settings(config: EasyDict) -> dict[str, Any]:
-    """Those that a run goes on with, flat: without what held for one start of the program only."""
+    """Those that a run goes on with, flat: that its system reads, and without what held for one start only."""
     origin, settings = config.get("origin"), settings_of(config)
     for key in OF_A_START:
         settings[key] = (origin.stated if origin else {}).get(key, default_settings()[key])
-    del settings["train.resume"]
+    for key in ("train.resume", *unread_settings(config.model.name)):
+        del settings[key]
     return settings
 
 
@@ -253,7 +273,7 @@ def split_words(
 
 def default_settings() -> dict[str, Any]:
     """Every key of cfg/default.yml, flat, with its default."""
-    return flatten(yaml.safe_load(DEFAULT.read_text()))
+    return flatten(_read_yaml(DEFAULT))
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
@@ -324,12 +344,12 @@ def _change_path(key: str, value: Any, base: Path, change: Callable[[str], str])
         return value
     if key == "train.resume" and (value == "auto" or value.isdigit()):
         return value
-    before = _before_clip_file(value, base) if key == "clip.weights" else ""
+    before = _before_clip_file(value, base) if key in ("clip.weights", "eval.clip_weights") else ""
     return value if before is None else before + change(value.removeprefix(before))
 
 
 def _before_clip_file(value: str, base: Path) -> str | None:
-    """What stands before the file in `clip.weights`: "", or open_clip's "architecture:"; None for no file."""
+    """What stands before the file in the name of a CLIP: "", or open_clip's "architecture:"; None for no file."""
 
     def is_file(text: str) -> bool:
         return text.startswith(("~", "$", "/", "./", "../")) or text != "" and (base / text).exists()
@@ -351,14 +371,14 @@ def _read_yaml(path: Path) -> dict:
     return content or {}
 
 
-def _translate(path: Path, content: dict) -> dict[str, Any]:
-    """A released flat file in this program's keys; says so in one line."""
-    kept = {FLAT[key]: value for key, value in content.items() if key in FLAT}
-    translated = {key: FLAT_VALUES[key](value) if key in FLAT_VALUES else value for key, value in kept.items()}
-    dropped = ", ".join(key for key in content if key not in FLAT) or "no key"
-    name = translated.setdefault("model.name", "ratlip").upper()
-    print(f"{path}: read as a released {name} configuration; no longer of meaning: {dropped}")
-    return translated
+def _read_keys(path: Path, content: dict) -> dict[str, Any]:
+    """What a file says, flat; of a published program's, which it tells in one line, in this program's keys."""
+    found = published.translate(content, ROOT)
+    if found is None:
+        return flatten(content)
+    dropped = ", ".join(found.dropped) or "no key"
+    print(f"{path}: read as a released {published.TITLES[found.system]} configuration; no longer of meaning: {dropped}")
+    return found.settings
 
 
 def _run_and_settings(words: Sequence[str]) -> tuple[str | None, list[tuple[str, dict]]]:
@@ -421,8 +441,9 @@ def _check(source: str, key: str, value: Any, default: Any) -> Any:
         value = str(value)  # a name that happens to be a number
     if isinstance(value, bool) and expected is not bool or not isinstance(value, expected):
         raise UserError(f"{source}: {key} must be of type {expected.__name__}, not {value!r}")
-    if key in CHOICES and value not in CHOICES[key]:
-        raise UserError(f"{source}: {key} must be one of {', '.join(CHOICES[key])}, not {value!r}")
+    choices = [file.stem for file in sorted(SYSTEMS.glob("*.yml"))] if key == "model.name" else CHOICES.get(key)
+    if choices and value not in choices:
+        raise UserError(f"{source}: {key} must be one of {', '.join(map(str, choices))}, not {value!r}")
     if key in AT_LEAST and not AT_LEAST[key] <= value < float("inf"):
         raise UserError(f"{source}: {key} must be a number of at least {AT_LEAST[key]}, not {value}")
     if key in SHARES and not 0 <= value < 1:

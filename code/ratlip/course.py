@@ -16,13 +16,13 @@ from ratlip import checkpoint, distributed, errors
 from ratlip import device as devices
 from ratlip.data.loader import Batch, EpochBatches, TestImages, to_floats
 from ratlip.errors import UserError
-from ratlip.evaluation import Evaluator
+from ratlip.evaluation import Evaluator, scores_table
 from ratlip.lease import Lost
 from ratlip.monitor import Monitor
 from ratlip.pictures import captioned_grid
 from ratlip.profiling import Trace
-from ratlip.sampling import generate, seeded_noise
-from ratlip.stopping import Stop, Stopped
+from ratlip.sampling import generate, noise_of
+from ratlip.stopping import Stop, Stopped, end_workers
 
 if TYPE_CHECKING:
     from ratlip.trainer import Training
@@ -51,7 +51,38 @@ class Course:
     stop: Stop
     scores: dict[str, dict[str, float]]  # columns of the closing table: start, end, best
     folder: Path  # of the checkpoints
+    smaller_steps = "Lower train.lr_g and train.lr_d, set train.clip_grad or train.precision=fp32"  # where it diverges
     unsaved: bool = False  # a checkpoint is due that could not be written
+
+    def run(self, again: str) -> None:
+        """From the first step, or the one after the last, to the end of the last epoch or to what ends it before.
+
+        Args:
+            again: the command that goes on.
+        """
+        t, failure = self.t, None
+        try:
+            self.begin()
+            while t.epoch < self.config.train.max_epoch:
+                self.steps()
+                self.finish_epoch()
+        except (Exception, Stopped) as cause:
+            failure = self.leave(cause, again)
+            if failure is None:
+                self.draw()
+        else:
+            distributed.say(f"\n{scores_table(self.scores)}\n")
+            self.monitor.hparams(self.scores["end"])
+            self.draw()
+        finally:
+            self.trace.close()
+            if t.run.lost:
+                self.monitor.active = False  # nothing more is written, whatever it still holds
+            self.monitor.close()
+            self.stop.close()
+            end_workers()
+        if failure is not None:
+            raise failure
 
     def begin(self) -> None:
         """What the networks draw before the first step, where that is not known."""
@@ -63,9 +94,10 @@ class Course:
 
     def steps(self) -> None:
         """One pass over the images, or what is left of it."""
-        t, device = self.t, self.t.sentences.device
+        t, device = self.t, self.t.device
         self.batches.epoch, self.batches.start = t.epoch, t.step - t.epoch * len(self.batches)
-        t.generator.train()
+        for network in t.networks.values():
+            network.train()
         for batch in self.stop.arriving(self.loader):
             batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
             distributed.meet()
@@ -78,7 +110,7 @@ class Course:
             self.trace.step()
             look = t.step % LOOK_EVERY[device.type] == 0 or t.step % len(self.batches) == 0
             if look and int(t.guard.longest_row) >= self.config.train.max_bad_steps:
-                raise Diverged(t, self.folder)
+                raise Diverged(t, self.folder, self.smaller_steps)
             if self.stop.asked():
                 raise Stopped(self.stop.cause)
         distributed.meet()
@@ -119,6 +151,11 @@ class Course:
         """The sample grid."""
         with self.stop.at_once():
             return sample_grid(self.t, self.evaluator)
+
+    def draw(self) -> None:
+        """The filmstrip, of the first row below the real images, and the curves of the run so far."""
+        networks = 1 if self.t.ema is None else 2
+        self.monitor.draw(self.t.generator.sizes[-1], rows=1 + GRID[1] * networks, row=1)
 
     def try_to_save(self, path: Path) -> bool:
         """Write a checkpoint; where that fails training goes on, and the next epoch tries again."""
@@ -197,12 +234,11 @@ def told(error: Exception, kept: str, lower: str) -> Exception:
 class Diverged(UserError):
     """Nothing finite comes any more: there is nothing that is worth saving."""
 
-    def __init__(self, t: "Training", folder: Path):
+    def __init__(self, t: "Training", folder: Path, advice: str):
         good, row = checkpoint.newest_first(folder, t.run.id), int(t.guard.longest_row)
         super().__init__(
             f"training diverged: {row} steps in a row (to step {t.step}) had a loss or gradient that is not "
-            f"finite; the last good checkpoint is {good[0] if good else 'not yet written'}. Lower train.lr_g and "
-            f"train.lr_d, set train.clip_grad or train.precision=fp32, then resume"
+            f"finite; the last good checkpoint is {good[0] if good else 'not yet written'}. {advice}, then resume"
         )
 
 
@@ -212,7 +248,7 @@ def sample_grid(t: "Training", evaluator: Evaluator) -> Image.Image:
     columns, noises = min(GRID[0], len(evaluator.items)), range(GRID[1])
     numbers = np.random.default_rng(0).choice(len(evaluator.items), columns, replace=False).tolist()
     rows = evaluator.table.starts[numbers]  # each image's first caption
-    test_images = TestImages(evaluator.items, t.generator.sizes[-1])
+    test_images = TestImages(evaluator.items, t.generator.sizes[-1], evaluator.scorer.config.data.fit)
     real, blocks = to_floats(torch.stack([test_images[number][0] for number in numbers])), []
     titles, device = ["real"], t.sentences.device
     sentences = evaluator.sentences[devices.send(torch.from_numpy(rows), device)]
@@ -221,15 +257,9 @@ def sample_grid(t: "Training", evaluator: Evaluator) -> Image.Image:
             continue
         training = generator.training
         for number in noises:
-            noise = devices.send(seeded_noise(0, [number] * columns, generator.noise_dim), device)
+            noise = devices.send(noise_of(generator, 0, [number] * columns), device)
             blocks.append(generate(generator.eval(), noise, sentences, t.precision))
             titles.append(f"{name}, noise {number}")
         generator.train(training)
     texts = [""] * columns * (len(titles) - 1) + [evaluator.table.texts[row] for row in rows]
     return captioned_grid(torch.cat([real, *(block.cpu() for block in blocks)]), texts, columns, titles)
-
-
-def draw_course(t: "Training", monitor: Monitor) -> None:
-    """The filmstrip, of the first row below the real images, and the curves of the run so far."""
-    networks = 1 if t.ema is None else 2
-    monitor.draw(t.generator.sizes[-1], rows=1 + GRID[1] * networks, row=1)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 from ratlip.errors import UserError
 
@@ -137,6 +138,20 @@ def mean_gradients(network: nn.Module, *numbers: Tensor) -> None:
     flat /= world_size()
     for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(piece.view_as(tensor))
+
+
+def sum_with_gradient(x: Tensor) -> Tensor:
+    """The sum of every process's x. Its gradient is that of what all processes make of the sum, twice if need be."""
+    return x if world_size() == 1 else all_reduce(x)
+
+
+def whole_batch(share: Tensor) -> Tensor:
+    """The global batch (B * processes, ...), in its order, of each process's share (B, ...): sample i of process r is
+    number i * processes + r of it. Gradients go through, as in `sum_with_gradient`."""
+    if world_size() == 1:
+        return share
+    places = [share if other == rank() else torch.zeros_like(share) for other in range(world_size())]
+    return all_reduce(torch.stack(places, dim=1)).flatten(0, 1)
 
 
 @contextmanager

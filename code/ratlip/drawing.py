@@ -12,16 +12,15 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from ratlip.data.captions import find_cut
+from ratlip.encoders import TextEncoder
 from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.errors import UserError
 from ratlip.metrics.features import LEAST, padded
-from ratlip.models.clip_gan.generator import Generator
 from ratlip.pictures import captioned_grid, save_picture, to_pictures
-from ratlip.sampling import generate, seeded_noise
+from ratlip.sampling import generate, noise_of
 from ratlip.stopping import Stop, Stopped
 from ratlip.text import read_text
 
@@ -95,16 +94,20 @@ def read(file: Path, count: int, seed: int) -> Order:
     return order
 
 
-def say_cut(order: Order, clip: FrozenClip) -> None:
-    """Name the captions whose end CLIP does not read."""
-    cut = [order.captions[number] for number in find_cut([caption.text for caption in order.captions], clip)]
+def check_captions(order: Order, encoder: TextEncoder) -> None:
+    """Name the captions that the encoder does not read to their end; UserError where it can read nothing of one."""
+    texts = [caption.text for caption in order.captions]
+    encoder.check(texts, lambda number: order.place(order.captions[number]))
+    cut = [order.captions[number] for number in encoder.cut(texts, whole=True)]
     for caption in cut[:NAMED]:
-        print(f"{order.place(caption)} is cut at the {clip.context_length} tokens that CLIP reads: {caption.text!r}")
+        print(f"{order.place(caption)} is cut at the {encoder.limit}: {caption.text!r}")
     if len(cut) > NAMED:
         print(f"and so are {len(cut) - NAMED:,} more captions, of {len(order.captions):,}")
 
 
-def record_of(order: Order, generator: Generator, clip: FrozenClip, precision: str) -> dict[str, object]:
+def record_of(
+    order: Order, generator: nn.Module, clip: FrozenClip, encoder: TextEncoder, precision: str
+) -> dict[str, object]:
     """What makes an order the same as another: then its pictures are. The networks are on the CPU."""
     weights, captions = hashlib.sha256(), hashlib.sha256()
     for value in generator.state_dict().values():
@@ -114,6 +117,7 @@ def record_of(order: Order, generator: Generator, clip: FrozenClip, precision: s
     return {
         "weights": weights.hexdigest(),
         "clip": repr(clip.identity),
+        **({} if encoder is clip else {"text": repr(encoder.identity)}),
         "captions": captions.hexdigest(),
         "from_file": order.file is not None,
         "pictures_of_each": order.count,
@@ -142,7 +146,7 @@ def claim(asked: Path, record: dict[str, object]) -> tuple[Path, str]:
 
 
 def draw_into(
-    folder: Path, order: Order, generator: Generator, clip: FrozenClip, precision: str, batch_size: int
+    folder: Path, order: Order, generator: nn.Module, encoder: TextEncoder, precision: str, batch_size: int
 ) -> str | None:
     """Draw the pictures of an order that `folder` does not have yet, at most `batch_size` at a time.
 
@@ -166,7 +170,7 @@ def draw_into(
             for first in range(0, len(missing), batch_size):
                 batch = missing[first : first + batch_size]
                 with stop.at_once():
-                    images = _draw(batch, order, generator, clip, precision, least)
+                    images = _draw(batch, order, generator, encoder, precision, least)
                 _finish(writing, bar)  # those of the batch before, so that never more than two are held
                 writing = [
                     pool.submit(save_picture, picture, folder / name, caption.text)
@@ -210,20 +214,19 @@ def _missing(folder: Path, order: Order) -> list[tuple[str, Caption, int]]:
 def _draw(
     batch: Sequence[tuple[str, Caption, int]],
     order: Order,
-    generator: Generator,
-    clip: FrozenClip,
+    generator: nn.Module,
+    encoder: TextEncoder,
     precision: str,
     least: int,
 ) -> Tensor:
     """Images (B, 3, S, S) in [-1, 1] of a batch, computed among `least` or more."""
-    place = clip.mean.device
     texts = [caption.text for _, caption, _ in batch]
     distinct = list(dict.fromkeys(texts))
     with torch.no_grad():
-        sentences = clip.text(padded(clip.tokenize(distinct), least).to(place))[0]  # (least, E)
+        sentences = encoder.encode(padded(encoder.tokenize(distinct, whole=True), least))  # (least, E)
     sentences = sentences[[distinct.index(text) for text in texts]]  # (B, E)
     numbers = [(caption.number, number) if order.file else (number,) for _, caption, number in batch]
-    noise = seeded_noise(order.seed, numbers, generator.noise_dim).to(place)
+    noise = noise_of(generator, order.seed, numbers).to(sentences.device)
     return generate(generator, padded(noise, least), padded(sentences, least), precision)[: len(batch)]
 
 

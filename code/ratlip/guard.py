@@ -1,6 +1,6 @@
 """What keeps a training step that is not finite from changing anything, without a host that waits to hear of it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,13 @@ class Guard:
     kernels, and what else a step changes is chosen by it.
 
     Args:
-        networks: whose buffers a step moves (BatchNorm's running statistics). They are put back as they were.
+        networks: by name, those whose buffers a step moves (BatchNorm's running statistics). In a bad step they are
+            put back as they were when the network was last updated.
         optimizers: fused. Where a step is bad before their own turn, parameters, averages and counts of steps stay.
         device: of all of them.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], optimizers: Sequence[Optimizer], device: torch.device):
+    def __init__(self, networks: Mapping[str, nn.Module], optimizers: Iterable[Optimizer], device: torch.device):
         self.networks = networks
         # Of the step under way: 0, and from the first number on that is not finite 1.
         self.bad = torch.zeros((), dtype=torch.float32, device=device)
@@ -30,7 +31,9 @@ class Guard:
     def begin(self) -> None:
         """A step begins."""
         self.bad.zero_()
-        self._before = [buffer.clone() for buffer in self._buffers()]
+        self._before = {
+            name: [buffer.clone() for buffer in network.buffers()] for name, network in self.networks.items()
+        }
 
     def watch(self, *values: Tensor) -> None:
         """Note whether these numbers are finite, and whether other processes have sent `bad` (as a mean, say)."""
@@ -41,15 +44,24 @@ class Guard:
         """`new`, or `old` where something in this step was not finite until now."""
         return torch.where(self.bad > 0, old, new)
 
+    def updated(self, name: str) -> None:
+        """A network has had its update: unless the step is bad already, its buffers stay as they are now."""
+        for buffer, before in self._buffers(name):
+            before.copy_(self.unless_bad(buffer, before))
+
     def end(self) -> None:
         """The step ends, all but what `unless_bad` chooses: puts buffers back and counts."""
-        for buffer, before in zip(self._buffers(), self._before, strict=True):
-            buffer.copy_(self.unless_bad(buffer, before))
+        for name in self.networks:
+            for buffer, before in self._buffers(name):
+                buffer.copy_(self.unless_bad(buffer, before))
         self._before.clear()
         bad = (self.bad > 0).long()
         self.bad_steps += bad
         self.bad_in_a_row.add_(1).mul_(bad)
         torch.maximum(self.longest_row, self.bad_in_a_row, out=self.longest_row)
 
-    def _buffers(self) -> list[Tensor]:
-        return [buffer for network in self.networks for buffer in network.buffers()]
+    def _buffers(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """A network's buffers, each with what it would be put back to."""
+        if name not in self.networks:
+            return []
+        return list(zip(self.networks[name].buffers(), self._before[name], strict=True))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -15,6 +16,7 @@ from ratlip.errors import UserError, first_line
 
 MIN_CELL = 128  # pixels; smaller pictures are enlarged by whole factors so that captions fit below them
 TITLE_WIDTH = 76  # pixels left of a grid whose rows have titles
+DIMMED = 0.2  # of its light a picture keeps where nothing reads a word
 SMOOTHED = 50  # a curve is shown averaged over about one part in so many of its length
 
 
@@ -79,6 +81,26 @@ def captioned_grid(
             grid.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, top))
             lettering.write(draw, lines, x, top + height + 2)
     return grid
+
+
+def attention_grid(image: Tensor, attention: Sequence[Tensor], words: Sequence[str], caption: str) -> Image.Image:
+    """Which words each region of a picture was drawn from: the picture, then for each word the picture lit where it was
+    read, with the word and the share of all reading that was of it; a row for each stage that reads.
+
+    Args:
+        image: (3, S, S) in [-1, 1]. words: of its caption, T.
+        attention: of each stage, (T or more, s, s): the words' shares at each position; what comes after T is padding.
+    """
+    pictures, texts = [], []
+    for shares in attention:
+        shares = shares[: len(words)].float().cpu()  # (T, s, s)
+        light = F.interpolate((shares / shares.max())[:, None], (MIN_CELL, MIN_CELL), mode="bilinear")  # (T, 1, ...)
+        shown = F.interpolate(image[None].float().cpu(), (MIN_CELL, MIN_CELL), mode="bilinear", antialias=True)
+        lit = (shown + 1) * (DIMMED + (1 - DIMMED) * light) - 1  # -1 is black
+        pictures += to_pictures(torch.cat([shown, lit]))
+        texts += [caption, *(f"{word} {share:.0%}" for word, share in zip(words, shares.mean((1, 2)), strict=True))]
+    titles = [f"reading at {shares.shape[-1]} px" for shares in attention]
+    return captioned_grid(pictures, texts, len(words) + 1, titles)
 
 
 def filmstrip(grids: Mapping[str, Image.Image], side: int, rows: int, row: int) -> Image.Image:

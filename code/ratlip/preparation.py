@@ -107,14 +107,17 @@ def resize(config: EasyDict, items: list[Item]) -> None:
 
 
 def embed_captions(config: EasyDict, items: dict[str, list[Item]]) -> FrozenClip:
-    """Fill the cache of caption embeddings for each split's items, and name the captions whose end CLIP does not read;
-    gives the CLIP that made them."""
+    """Fill the cache of caption embeddings for each split's items, and name the captions that are not read to their
+    end; gives the CLIP that scores will compare with."""
     clip = build.clip_of(config).to(device.choose(config.train.device))
+    encoder = build.text_encoder_of(config, clip)
     choose_products(clip, config)
     counts = []
     for split, own in items.items():
         table = captions.CaptionTable([item.captions for item in own])
-        captions.embed(table, clip, cache_folder(config.data))
+        if split == "test" and encoder is not clip:
+            captions.embed(table, clip, cache_folder(config.data))  # for scores
+        captions.embed(table, encoder, cache_folder(config.data), own)
         for row in table.cut[:LISTED]:
             item = own[np.searchsorted(table.starts, row, side="right") - 1]
             print(f"cut caption  {item.key}: {table.texts[row]!r}")
@@ -122,11 +125,18 @@ def embed_captions(config: EasyDict, items: dict[str, list[Item]]) -> FrozenClip
             print(f"cut caption  and {len(table.cut) - LISTED:,} more of the {split} split")
         counts.append(f"{len(table.cut):,} of {len(table.texts):,} ({split})")
     print(f"caption embeddings  {cache_folder(config.data)}")
-    print(f"cut captions        {', '.join(counts)}: longer than the {clip.context_length} tokens that CLIP reads")
+    print(f"cut captions        {', '.join(counts)}: longer than the {encoder.limit}")
     return clip
 
 
 def write_statistics(config: EasyDict, clip: FrozenClip, items: list[Item]) -> None:
-    """Measure the real test pictures for each metric of `eval.metrics` that compares with them, unless it is there."""
-    for reference in Scorer(config, clip, items).references.values():
+    """Measure the real test pictures for each metric of `eval.metrics` that compares with them, unless it is there; and
+    let the judge, where it is another CLIP, encode their captions."""
+    scorer = Scorer(config, clip, items)
+    for reference in scorer.references.values():
         print(f"statistics          {reference.source}")
+    if scorer.judge is not clip:
+        captions.embed(
+            captions.CaptionTable([item.captions for item in items]), scorer.judge, cache_folder(config.data)
+        )
+        print(f"judge's captions    {cache_folder(config.data)}, by {scorer.judge.name}")

@@ -10,6 +10,7 @@ from easydict import EasyDict
 from ratlip import checkpoint, distributed, runs
 from ratlip import config as configuration
 from ratlip import device as devices
+from ratlip.encoders import TextEncoder, damsm
 from ratlip.encoders.clip_towers import FrozenClip, require_same, trained_with
 from ratlip.errors import UserError
 from ratlip.lease import Lease
@@ -18,7 +19,10 @@ from ratlip.runs import Run
 from ratlip.stopping import restarted
 
 # Settings that decide the networks' shapes or meaning: a checkpoint has been made with them and cannot change.
-FIXED = re.compile(r"model\.(?!shipped$|d_start$)|clip\.(?!(weights|source|activation|products|insist)$)")
+FIXED = re.compile(
+    r"model\.(?!shipped$|d_start$|noise_scale$)|ratgan\.(?!g_start$)|text\.encoder$|"
+    r"clip\.(?!(weights|source|activation|products|insist)$)"
+)
 
 MEASURED = ("train.precision", "clip.products")  # settings that the machine decides at the beginning (ratlip.choices)
 
@@ -106,11 +110,11 @@ def read(start: Start) -> dict | None:
     return content
 
 
-def check(config: EasyDict, content: dict, clip: FrozenClip, epoch_steps: int | None) -> None:
+def check(config: EasyDict, content: dict, clip: FrozenClip, encoder: TextEncoder, epoch_steps: int | None) -> None:
     """Compare the configuration with the checkpoint's; say what differs.
 
     Args:
-        clip: the one that will be used. epoch_steps: of this run, None where it is a new one.
+        clip, encoder: those that will be used. epoch_steps: of this run, None where it is a new one.
 
     Raises:
         UserError: the networks, CLIP, or the number of steps in an epoch would be others.
@@ -126,6 +130,8 @@ def check(config: EasyDict, content: dict, clip: FrozenClip, epoch_steps: int | 
             )
     if said := require_same(clip, trained_with(content), "the checkpoint", config.clip.insist):
         distributed.say(f"warning: the checkpoint: {said}")
+    if content.get("text") and encoder is not clip:
+        damsm.require_same(encoder, content["text"], "the checkpoint")
     if epoch_steps and content["epoch_steps"] != epoch_steps:
         raise UserError(
             f"an epoch has {epoch_steps} steps now, the checkpoint's had {content['epoch_steps']}: "
@@ -231,7 +237,7 @@ def _settings(config: EasyDict, start: Start) -> dict:
         return now
     if then is None:
         return {**now, "train.seed": own["train.seed"], **config.origin.words}
-    defaults = configuration.default_settings()
+    defaults = configuration.base_settings(config.model.name, config.data.layout)
     said = {key: stated.get(key, default) for key, default in defaults.items()}
     changed = {key: value for key, value in said.items() if value != then.get(key, defaults[key])}
     of_this_start = {key: said[key] for key in configuration.OF_A_START}

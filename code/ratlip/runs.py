@@ -53,6 +53,11 @@ class Run:
             return configuration.settings_of(configuration.load(self.folder / configuration.OWN))
         return None
 
+    def system(self) -> str | None:
+        """What it trains; None where that is not to be read."""
+        settings = self.settings()
+        return settings and settings["model.name"]
+
     def began(self) -> float:
         """When, in seconds since 1970; by its record, else its name, else (with neither) the folder's time."""
         stamp = re.match(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", self.folder.name)
@@ -91,11 +96,12 @@ def below(folder: str | Path) -> list[Run]:
 def of_experiment(config: EasyDict) -> list[Run]:
     """The runs that a configuration means, the one that saved last first.
 
-    They are those that were begun from this very file, whatever it says now; if there are none, those whose file said
-    what this one says, so that it may be moved, renamed or copied. Runs without a record are known by the file's
+    They are of its system, and begun from this very file, whatever it says now; if there are none, those whose file
+    said what this one says, so that it may be moved, renamed or copied. Runs without a record are known by the file's
     stem and by what they were trained on. Where words say more (another seed), runs of which it is true are preferred.
     """
-    return newest_first(_preferred(_of_file(config, below(config.log.save_dir)), config.origin.words))
+    found = [run for run in _of_file(config, below(config.log.save_dir)) if run.system() in (None, config.model.name)]
+    return newest_first(_preferred(found, config.origin.words))
 
 
 def newest_first(found: list[Run]) -> list[Run]:

@@ -1,37 +1,40 @@
-"""Training: the step of generator and discriminator, and a run from its configuration to its end."""
+"""Training: the step, whatever the system, and a run from its configuration to its end."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from easydict import EasyDict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam
 from torch.utils.data import DataLoader
 
-from ratlip import build, checkpoint, choices, distributed, losses, resume, runs
+from ratlip import build, checkpoint, choices, distributed, resume, runs
 from ratlip import config as configuration
 from ratlip import device as devices
-from ratlip.augment import augment
-from ratlip.course import Course, draw_course
+from ratlip.course import Course
 from ratlip.data import captions
 from ratlip.data.inventory import cache_folder, usable_items
 from ratlip.data.loader import Batch, Draw, EpochBatches, TrainingImages, shard_numbers, to_floats, training_loader
-from ratlip.encoders.clip_towers import FrozenClip
-from ratlip.evaluation import Evaluator, Scorer, scores_table
+from ratlip.encoders import TextEncoder
+from ratlip.evaluation import Evaluator, Scorer
 from ratlip.guard import Guard
-from ratlip.models.clip_gan.discriminator import Discriminator
-from ratlip.models.clip_gan.generator import Generator
 from ratlip.monitor import Monitor
 from ratlip.paths import command
 from ratlip.preparation import check_size
 from ratlip.profiling import Trace
-from ratlip.stopping import Stop, Stopped, end_workers
+from ratlip.stopping import Stop
+from ratlip.systems import SYSTEMS
+from ratlip.systems.system import Phase, Step, System
+
+TAGS = {"generator": "g", "discriminator": "d"}  # in logs, and in checkpoints of earlier programs
 
 
 @dataclass
@@ -39,20 +42,16 @@ class Training:
     """Everything that a step changes, and what it reads."""
 
     settings: EasyDict  # the config's train group
-    clip: FrozenClip
-    generator: Generator
-    discriminator: Discriminator
-    ema: Generator | None  # averaged generator
+    system: System
+    ema: nn.Module | None  # averaged generator
     sentences: Tensor  # (R, E) embeddings of all training captions, on the device
     precision: str
     total_steps: int
-    optimizer_g: Adam = field(init=False)
-    optimizer_d: Adam = field(init=False)
+    encoder: TextEncoder | None = None  # of those
+    optimizers: dict[str, Adam] = field(init=False)  # of each network
     scaler: GradScaler = field(init=False)  # of the losses, in fp16 only
+    scaled: dict[str, SimpleNamespace] = field(init=False)  # of each phase, what the scaler takes for an optimiser
     guard: Guard = field(init=False)  # against steps that are not finite; counts them
-    draw: Callable = field(init=False)  # what a step calls of the generator and of CLIP, compiled or not
-    see: Callable = field(init=False)
-    feature_maps: Callable = field(init=False)
     step: int = 0
     epoch: int = 0  # finished epochs
     measured: str = ""  # by which `precision` and the form of CLIP's products were chosen
@@ -60,19 +59,37 @@ class Training:
     in_step: bool = False  # then the networks are none that a checkpoint may hold
 
     def __post_init__(self):
-        s, betas = self.settings, (self.settings.beta1, self.settings.beta2)
-        self.optimizer_g = Adam(self.generator.parameters(), s.lr_g, betas, fused=True)
-        self.optimizer_d = Adam(self.discriminator.parameters(), s.lr_d, betas, fused=True)
-        place = self.sentences.device.type
-        self.guard = Guard([self.generator], [self.optimizer_d, self.optimizer_g], self.sentences.device)
-        self.scaler = GradScaler(place, enabled=self.precision == "fp16")
-        # Not the discriminator, which MA-GP differentiates twice; torch.compile cannot.
-        self.draw, self.see, self.feature_maps = self.generator, self.clip.image, self.clip.feature_maps
-        if s.compile:
-            mode = "reduce-overhead" if place == "cuda" else None  # with CUDA graphs
-            self.draw, self.see, self.feature_maps = (
-                devices.compiled(function, mode=mode) for function in (self.draw, self.see, self.feature_maps)
-            )
+        system, place = self.system, self.sentences.device
+        self.optimizers = {}
+        for name, network in system.networks.items():
+            rate, betas = system.adam(name)
+            self.optimizers[name] = Adam(network.parameters(), rate, betas, fused=True)
+        moving = {name: system.networks[name] for name in system.moving}
+        self.guard = Guard(moving, self.optimizers.values(), place)
+        self.scaler = GradScaler(place.type, enabled=self.precision == "fp16")
+        # It unscales an optimiser's gradients once a step; two phases may share one.
+        self.scaled = {
+            phase.name: SimpleNamespace(param_groups=self.optimizers[phase.network].param_groups)
+            for phase in system.phases
+        }
+        if self.settings.compile:
+            mode = "reduce-overhead" if place.type == "cuda" else None  # with CUDA graphs
+            system.compile(partial(devices.compiled, mode=mode))
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it is."""
+        return self.sentences.device
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Those that are trained, by name."""
+        return self.system.networks
+
+    @property
+    def generator(self) -> nn.Module:
+        """The network that draws the pictures."""
+        return self.system.generator
 
     @property
     def bad_steps(self) -> int:
@@ -85,122 +102,99 @@ class Training:
         return int(self.guard.bad_in_a_row)
 
 
-def train_step(t: Training, batch: Batch) -> dict[str, Tensor]:
-    """One update of the discriminator, then one of the generator (GALIP, arXiv 2301.12959).
+def train_step(t: Training, batch: Batch, draws: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """One step: the system's phases, each of which updates a network; then the averaged generator.
 
-    The images that the discriminator learns from are the ones the generator then learns from: they are drawn,
-    and seen by CLIP, once. Where a loss or a gradient is not finite nothing is updated from there on: after a bad
-    discriminator neither network, its BatchNorm averages and the averaged generator included. All of the step is
-    computed even so: whether it is bad is known on the device alone, which nothing here waits for.
+    Where a loss or a gradient is not finite nothing is updated from there on: after a bad first phase no network, no
+    BatchNorm average, no state and no averaged generator; what was updated before stays. All of the step is computed
+    even so: whether it is bad is known on the device alone, which nothing here waits for.
+
+    Args:
+        draws: in place of what (seed, step) would give.
 
     Returns:
         loss terms, gradient norms and learning rates, by TensorBoard tag; not yet read from the device.
     """
-    generator, discriminator, scaler = t.generator, t.discriminator, t.scaler
-    images = to_floats(batch.images)  # (B, 3, S, S) in [-1, 1]; bytes until here
     if t.settings.compile:
         torch.compiler.cudagraph_mark_step_begin()  # what CUDA graphs gave in the step before may be overwritten
-    sentences = t.sentences[batch.rows].requires_grad_()  # (B, E); MA-GP differentiates with respect to them
-    noise, real_draws, fake_draws = randomness(t, len(images))
+    step = Step(
+        images=to_floats(batch.images),  # (B, 3, S, S) in [-1, 1]; bytes until here
+        sentences=t.sentences[batch.rows],
+        wrong=t.sentences[batch.mismatched_rows],
+        draws=randomness(t, len(batch.images)) if draws is None else draws,
+        number=t.step,
+        scale=t.scaler.scale(torch.ones((), device=batch.images.device)),  # scaler.get_scale() would read it
+        watched=[],
+        moved={},
+    )
     set_learning_rates(t)
     t.guard.begin()
-
-    with devices.autocast(noise.device, t.precision):
-        # What CLIP sees. No graph goes through it for real images: MA-GP starts at its feature maps.
-        with torch.no_grad():
-            real_maps = discriminator.prepare(t.feature_maps(augment(images, real_draws)))  # (B, N, W, g, g)
-        real_maps.requires_grad_()
-        fake_maps, fake_embeddings = t.see(augment(t.draw(noise, sentences.detach()), fake_draws))
-        fake_maps = discriminator.prepare(fake_maps)
-
-        # Discriminator
-        real_features = discriminator.features(real_maps)
-        real_logits = discriminator.logits(real_features, sentences)
-        mismatched_logits = discriminator.logits(real_features, t.sentences[batch.mismatched_rows])
-        d_real = losses.hinge_real(real_logits)
-        fake_features = discriminator.features(fake_maps.detach())
-        d_fake = losses.hinge_fake(discriminator.logits(fake_features, sentences.detach()))
-        d_mismatched = losses.hinge_fake(mismatched_logits)
-        scale = scaler.scale(torch.ones((), device=noise.device))  # as a tensor; scaler.get_scale() would read it
-        penalty = losses.matching_aware_gradient_penalty(real_logits, (real_maps, sentences), scale)
-        loss_d = d_real + (d_fake + d_mismatched) / 2 + penalty
-        similarity = losses.clip_similarity(fake_embeddings, sentences.detach())
-    scaler.scale(loss_d).backward()
-    d_norm = finish_gradients(t, discriminator, t.optimizer_d, loss_d, similarity)
-    t.optimizer_d.step()
-    t.optimizer_d.zero_grad()  # at once, for the memory
-
-    # Generator
-    discriminator.requires_grad_(False)
-    with devices.autocast(noise.device, t.precision):
-        g_adversarial = -discriminator.logits(discriminator.features(fake_maps), sentences.detach()).mean()
-    scaler.scale(g_adversarial - t.settings.sim_w * similarity).backward()
-    discriminator.requires_grad_(True)
-    g_norm = finish_gradients(t, generator, t.optimizer_g, g_adversarial)
-    t.optimizer_g.step()
-    t.optimizer_g.zero_grad()
+    logged: dict[str, Tensor] = {}
+    for phase in t.system.phases:
+        if t.step % phase.every == 0:
+            logged |= update(t, phase, step)
     if t.ema is not None:
-        update_ema(t.ema, generator, t.settings.ema, t.step + 1, t.guard)
+        update_ema(t.ema, t.generator, t.system.average_share(t.step + 1), t.guard)
     t.guard.end()
-    scaler.update()
+    t.scaler.update()
 
     t.step += 1
-    return {
-        "loss_d/real": d_real.detach(),
-        "loss_d/fake": d_fake.detach(),
-        "loss_d/mismatched": d_mismatched.detach(),
-        "loss_d/ma_gp": penalty.detach(),
-        "loss_g/adversarial": g_adversarial.detach(),
-        "loss_g/clip_similarity": similarity.detach(),
-        "gradient_norm/d": d_norm,
-        "gradient_norm/g": g_norm,
-        "learning_rate/g": torch.tensor(t.optimizer_g.param_groups[0]["lr"]),
-        "learning_rate/d": torch.tensor(t.optimizer_d.param_groups[0]["lr"]),
-        "bad_steps": t.guard.bad_steps.clone(),
-    }
+    for name, optimizer in t.optimizers.items():
+        logged[f"learning_rate/{TAGS.get(name, name)}"] = torch.tensor(optimizer.param_groups[0]["lr"])
+    return {**logged, "bad_steps": t.guard.bad_steps.clone()}
 
 
-def finish_gradients(t: Training, network: torch.nn.Module, optimizer: Adam, *terms: Tensor) -> Tensor:
-    """Average gradients over processes, undo the scaling of the loss, clip; gives the norm before clipping.
+def update(t: Training, phase: Phase, step: Step) -> dict[str, Tensor]:
+    """One phase: its loss, the gradients of its network and that network's update; gives what is logged."""
+    network, optimizer = t.networks[phase.network], t.optimizers[phase.network]
+    constant = [other for name, other in t.networks.items() if name not in (phase.network, "generator")]
+    for other in constant:
+        other.requires_grad_(False)
+    with devices.autocast(step.images.device, t.precision):
+        terms = phase.loss(step)
+        loss = sum(value if weight == 1 else value * weight for value, weight in terms.values())
+    t.scaler.scale(loss).backward()
+    for other in constant:
+        other.requires_grad_(True)
 
-    Where the norm or one of the loss's `terms` is not finite, on any process, the step is bad on all of them.
-    """
-    t.guard.watch(*terms)
-    distributed.mean_gradients(network, t.guard.bad)
-    t.scaler.unscale_(optimizer)
+    t.guard.watch(loss, *step.watched)
+    distributed.mean_gradients(network, t.guard.bad)  # and whether the step is bad on any process
+    t.scaler.unscale_(t.scaled[phase.name])
     norm = clip_grad_norm_(network.parameters(), t.settings.clip_grad or float("inf")).detach()
     t.guard.watch(norm)
-    return norm
+    optimizer.step()
+    optimizer.zero_grad()  # at once, for the memory
+    t.guard.updated(phase.network)
+    for name, value in step.moved.items():
+        t.system.state[name].copy_(t.guard.unless_bad(value, t.system.state[name]))
+    step.watched.clear()
+    step.moved.clear()
+    logged = {f"loss_{phase.name}/{name}": value.detach() for name, (value, _) in terms.items()}
+    return {**logged, f"gradient_norm/{phase.name}": norm}
 
 
-def randomness(t: Training, share: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise (B, Z), and on the CPU what `augment` does to real and generated images (B, 3), for this process's share.
+def randomness(t: Training, share: int) -> dict[str, Tensor]:
+    """What the system draws for this process's `share` of a step's images, on the CPU.
 
-    They depend on (seed, step) alone, so that resuming, the device and the number of processes do not change them.
+    It depends on (seed, step) alone, so that resuming, the device and the number of processes do not change it.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
-    rng = np.random.default_rng((t.settings.seed, t.step))
-    noise = rng.standard_normal((share * world_size, t.generator.noise_dim), dtype=np.float32)
-    shifts = rng.uniform(-1, 1, (2, share * world_size, 2)) * t.settings.augment_shift
-    brighter = rng.uniform(-1, 1, (2, share * world_size, 1)) * t.settings.augment_brightness
-    draws = np.concatenate([shifts, brighter], axis=2, dtype=np.float32)
-    noise, *draws = (torch.from_numpy(a[rank::world_size]) for a in (noise, *draws))
-    return devices.send(noise, t.sentences.device), *draws
+    draws = t.system.draws(np.random.default_rng((t.settings.seed, t.step)), share * world_size)
+    return {name: torch.from_numpy(rows[rank::world_size]) for name, rows in draws.items()}
 
 
 def set_learning_rates(t: Training) -> None:
     """Constant, then linearly to zero over the last `lr_decay` of the run."""
     left = (t.total_steps - t.step) / t.total_steps
     factor = min(1.0, left / t.settings.lr_decay) if t.settings.lr_decay else 1.0
-    for optimizer, rate in ((t.optimizer_g, t.settings.lr_g), (t.optimizer_d, t.settings.lr_d)):
+    for name, optimizer in t.optimizers.items():
         for group in optimizer.param_groups:
-            group["lr"] = rate * factor
+            group["lr"] = t.system.adam(name)[0] * factor
 
 
 @torch.no_grad()
-def update_ema(ema: Generator, generator: Generator, decay: float, step: int, guard: Guard) -> None:
-    """Move the averaged generator towards the present one, faster in the first steps; not in a bad step."""
-    share = 1 - min(decay, (1 + step) / (10 + step))
+def update_ema(ema: nn.Module, generator: nn.Module, share: float, guard: Guard) -> None:
+    """Move the averaged generator by `share` of the way to the present one; not in a bad step."""
     averaged, present = ema.state_dict(), generator.state_dict()
     for name, value in averaged.items():
         towards = guard.unless_bad(present[name], value)
@@ -223,8 +217,9 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     measured = [choices.settle_products(clip, config.clip.products, share, place, learning=True)]
     table = captions.CaptionTable([item.captions for item in items])
     with distributed.first_process_first():
-        sentences = captions.embed(table, clip, cache_folder(config.data))
-    captions.say_cut(table, clip, "training captions")
+        encoder = build.text_encoder_of(config, clip)
+        sentences = captions.embed(table, encoder, cache_folder(config.data), items)
+    captions.say_cut(table, encoder, "training captions")
     batches = EpochBatches(
         table,
         config.train.batch_size,
@@ -235,40 +230,36 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
         sentences,
         shard_numbers(items),
     )
-    images = TrainingImages(items, config.model.imsize, config.data.enlarge, config.data.flip, config.train.seed)
+    reading = (config.data.enlarge, config.data.flip, config.train.seed, config.data.fit)
+    images = TrainingImages(items, config.model.imsize, *reading)
     loader = training_loader(images, batches, config.data.num_workers, pin=place.type == "cuda")
-    evaluator = Evaluator(Scorer(config, clip, test_items), test_items)
+    evaluator = Evaluator(Scorer(config, clip, test_items), test_items, encoder=encoder)
     clip.drop_text_tower()
 
-    generator, discriminator = (
-        build.generator_of(config, clip).to(place),
-        build.discriminator_of(config, clip).to(place),
-    )
-    if config.model.d_whiten:
-        discriminator.fit_whitening(some_feature_maps(clip, images, place))
+    kind = SYSTEMS[config.model.name]
+    system = kind.build(config, clip, encoder).to(place)
+    system.fit(some_images(images, place))
     ema = None
     if config.train.ema:
-        ema = build.generator_of(config, clip).to(place).eval().requires_grad_(False)
-        ema.load_state_dict(generator.state_dict())
+        ema = kind.make_generator(config, clip, encoder).to(place).eval().requires_grad_(False)
+        ema.load_state_dict(system.generator.state_dict())
     devices.keep_freed_memory()  # from here on; what loading took has been given back
     asked = config.train.precision
-    precision, times = choices.settle_precision(asked, generator, discriminator, share, place)
+    precision, times = choices.settle_precision(asked, system, sentences[:share], place)
     evaluator.precision, measured = precision, "; ".join(filter(None, [times, *measured]))
     # What was chosen is a setting from here on: the run goes on with it, whatever would be faster then.
     config.train.precision, config.clip.products = precision, clip.products
     total_steps = len(batches) * config.train.max_epoch
-    training = Training(config.train, clip, generator, discriminator, ema, sentences.to(place), precision, total_steps)
+    training = Training(config.train, system, ema, sentences.to(place), precision, total_steps, encoder)
     training.measured = measured
     return training, batches, loader, evaluator
 
 
-@torch.no_grad()
-def some_feature_maps(clip: FrozenClip, images: TrainingImages, place: torch.device, count: int = 512) -> Tensor:
-    """CLIP feature maps (B, N, W, g, g) of B <= `count` training images, spread over the set."""
+def some_images(images: TrainingImages, place: torch.device, count: int = 512) -> Iterator[Tensor]:
+    """Batches (b, 3, S, S) in [-1, 1] of at most `count` training images, spread over the set."""
     numbers = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int).tolist()
-    batches = [numbers[i : i + 64] for i in range(0, len(numbers), 64)]
-    seen = (torch.stack([images[Draw(0, number, 0, 0)][0] for number in batch]) for batch in batches)
-    return torch.cat([clip.feature_maps(to_floats(batch.to(place))) for batch in seen])
+    for batch in (numbers[i : i + 64] for i in range(0, len(numbers), 64)):
+        yield to_floats(torch.stack([images[Draw(0, number, 0, 0)][0] for number in batch]).to(place))
 
 
 def train(config: EasyDict, words: Sequence[str] = ()) -> None:
@@ -292,21 +283,20 @@ def _train(config: EasyDict, start: resume.Start, words: list[str], started: flo
     content = resume.read(start)
     scores: dict[str, dict[str, float]] = {}
     if content:
-        resume.check(config, content, t.clip, len(batches) if start.place else None)
+        resume.check(config, content, t.system.clip, t.encoder, len(batches) if start.place else None)
         scores = restore(t, content, start.place)
     start.enter(config, words)
     t.run, save_folder = start.run, start.run.folder
     monitor = Monitor(start.run, config, t.epoch if scores else -1, t.step, len(batches))
     trace = Trace(config.train.profile, monitor.folder)
     distributed.say(
-        f"{config.model.name} on {t.sentences.device} in {t.precision}, CLIP's products as {t.clip.products}"
+        f"{config.model.name} on {t.sentences.device} in {t.precision}, CLIP's products as {t.system.clip.products}"
         f"{f' (measured: {t.measured})' if t.measured else ''}: {len(loader.dataset)} training images, "
         f"{len(batches)} steps an epoch, epochs: {config.train.max_epoch}; logs in {monitor.folder}"
     )
     if t.epoch >= config.train.max_epoch:
         distributed.say(f"nothing left to train: {t.epoch} epochs are done; raise train.max_epoch to go on")
     again = f"{command('resume.sh')} {runs.quoted(t.run)}"
-    failure = None
     stop = Stop(config.train.max_hours, started)  # until here a signal ends the program: there is nothing to save
     course = Course(
         t,
@@ -322,28 +312,7 @@ def _train(config: EasyDict, start: resume.Start, words: list[str], started: flo
         scores=scores,
         folder=save_folder,
     )
-    try:
-        course.begin()
-        while t.epoch < config.train.max_epoch:
-            course.steps()
-            course.finish_epoch()
-    except (Exception, Stopped) as cause:
-        failure = course.leave(cause, again)
-        if failure is None:
-            draw_course(t, monitor)
-    else:
-        distributed.say(f"\n{scores_table(course.scores)}\n")
-        monitor.hparams(course.scores["end"])
-        draw_course(t, monitor)
-    finally:
-        trace.close()
-        if t.run.lost:
-            monitor.active = False  # nothing more is written, whatever it still holds
-        monitor.close()
-        stop.close()
-        end_workers()
-    if failure is not None:
-        raise failure
+    course.run(again)
     distributed.say(f"checkpoints  {save_folder}\nlogs, grids  {monitor.folder}")
     distributed.say(f"minutes      {(time.time() - started) / 60:.1f}")
     distributed.stop()
@@ -364,32 +333,35 @@ def save(t: Training, config: EasyDict, scores: dict, epoch_steps: int, path: Pa
         "run": t.run.id if t.run else None,
         "saved": time.time(),
         "config": configuration.kept_settings(config),
-        "clip": t.clip.identity,
+        "clip": t.system.clip.identity if t.system.sees_clip or t.encoder is t.system.clip else None,
+        "text": getattr(t.encoder, "identity", None) if t.encoder is not t.system.clip else None,
         "epoch": t.epoch,
         "step": t.step,
         "epoch_steps": epoch_steps,
         "bad_steps": t.bad_steps,
         "scores": scores,
-        "generator": t.generator.state_dict(),
-        "discriminator": t.discriminator.state_dict(),
+        **{name: network.state_dict() for name, network in t.networks.items()},
         "ema": t.ema.state_dict() if t.ema is not None else None,
-        "optimizer_g": t.optimizer_g.state_dict(),
-        "optimizer_d": t.optimizer_d.state_dict(),
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in t.optimizers.items()},
         "scaler": t.scaler.state_dict(),
+        "state": t.system.state,
     }
     checkpoint.save(content, path)
 
 
 def restore(t: Training, content: dict, place: bool) -> dict[str, dict[str, float]]:
     """Take over a checkpoint's networks and optimisers and, if asked, its place; gives that place's scores."""
-    t.generator.load_state_dict(content["generator"])
-    t.discriminator.load_state_dict(content["discriminator"])
+    for name, network in t.networks.items():
+        network.load_state_dict(content[name])
     if t.ema is not None:
         t.ema.load_state_dict(content["ema"] or content["generator"])
-    for optimizer, name in ((t.optimizer_g, "optimizer_g"), (t.optimizer_d, "optimizer_d")):
-        optimizer.load_state_dict(content[name])
+    saved = content.get("optimizers") or {name: content[f"optimizer_{tag}"] for name, tag in TAGS.items()}
+    for name, optimizer in t.optimizers.items():
+        optimizer.load_state_dict(saved[name])
         for group in optimizer.param_groups:
-            group["betas"] = (t.settings.beta1, t.settings.beta2)  # as the configuration says now
+            group["betas"] = t.system.adam(name)[1]  # as the configuration says now
+    for name, value in content.get("state", {}).items():
+        t.system.state[name].copy_(value)
     if not place:
         return {}
     if content["scaler"]:  # empty where the run was not in fp16 until now

@@ -65,14 +65,14 @@ def split_of(number: int) -> str:
     return "train" if number < SPLIT["train"] else "test"
 
 
-def build(layout: str, root: Path) -> Path:
-    """Six pictures in one of the layouts with pickled keys."""
+def build(layout: str, root: Path, image: str | None = None) -> Path:
+    """Six pictures in one of the layouts with pickled keys; `image`: where they lie, if not as in IMAGES."""
     lists = {"train": [], "test": []}
     for number, key in enumerate(KEYS[layout]):
         split = split_of(number)
         subset = {"train": "train2014", "test": "val2014"}[split]
         names = {"key": key, "subset": subset, "stem": key.split(".")[0]}
-        write(root / IMAGES[layout].format(**names), encoded(pixels(number)))
+        write(root / (image or IMAGES[layout]).format(**names), encoded(pixels(number)))
         write(root / TEXTS[layout].format(**names), "\n".join(captions_of(number)) + "\n")
         lists[split].append(("", " ", "\t")[number % 3] + key + ("", "\n", " ", "\r\n")[number % 4])
     for split, keys in lists.items():
@@ -94,7 +94,7 @@ def build_folder(root: Path, keys: list[str]) -> Path:
 
 def read_items(layout: str, root: Path, split: str) -> list[Item]:
     """The items as training gets them."""
-    data = {"layout": layout, "dir": str(root), "num_workers": 0, "enlarge": 1.0}
+    data = {"layout": layout, "dir": str(root), "num_workers": 0, "enlarge": 1.0, "fit": "crop"}
     return usable_items(EasyDict(file="cfg/mine.yml", data=data, model={"imsize": 16}), split)
 
 
@@ -114,9 +114,19 @@ def test_all_layouts_are_tested():
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("layout", ["flower", "face", "coco"])
-def test_pickled_layouts(layout, split, tmp_path):
-    items = read_items(layout, build(layout, tmp_path), split)
+@pytest.mark.parametrize(
+    ("layout", "image"),
+    [
+        *((layout, IMAGES[layout]) for layout in ("flower", "face", "coco")),
+        ("flower", "oxford-102-flowers/images/{stem}.jpg"),  # DF-GAN
+        ("flower", "jpg/{stem}.jpg"),  # RAT-GAN
+        ("face", "image/CelebA-HQ-img/{key}.jpg"),  # DF-GAN
+        ("coco", "images/{subset}/{key}.jpg"),  # DF-GAN
+        ("coco", "images/{key}.jpg"),  # RAT-GAN
+    ],
+)
+def test_pickled_layouts(layout, image, split, tmp_path):
+    items = read_items(layout, build(layout, tmp_path, image), split)
     expected = [number for number in range(6) if split_of(number) == split]
     assert [item.key for item in items] == [KEYS[layout][number] for number in expected]
     for item, number in zip(items, expected, strict=True):
@@ -125,13 +135,41 @@ def test_pickled_layouts(layout, split, tmp_path):
         assert np.array_equal(np.array(open_image(item)), np.array(pixels(number)))
 
 
+@pytest.mark.parametrize("place", ["flower_cat_dic.pkl", "../flower_cat_dic.pkl"])
+def test_ratgans_one_list_of_flowers(place, tmp_path, capsys):
+    """Its repository has all of Oxford-102 in one file, for training and testing."""
+    root = build("flower", tmp_path / "flower", "jpg/{stem}.jpg")
+    for split in SPLIT:
+        (root / split / "filenames.pickle").unlink()
+    refused("flower", root, "train", root / "train/filenames.pickle")
+    keys = [key.removesuffix(".jpg") for key in KEYS["flower"]]
+    write(root / place, pickle.dumps({"img": keys, "cat": ["rose"] * 6}, protocol=2))
+    for split in SPLIT:
+        capsys.readouterr()
+        assert [item.key for item in read_items("flower", root, split)] == keys
+        assert "flower_cat_dic.pkl: lists pictures for training and testing alike" in capsys.readouterr().out
+    write(root / place, pickle.dumps({"cat": keys}))
+    refused("flower", root, "train", "flower_cat_dic.pkl", "expected a list of strings")
+
+
+def test_birds_are_cropped_as_published(dfgan_answers):
+    """Each picture's levels tell where in it they come from."""
+    for (width, height, *box), (left, top, right, bottom) in zip(
+        dfgan_answers["crop.in"].tolist(), dfgan_answers["crop.out"].tolist(), strict=True
+    ):
+        y, x = np.mgrid[:height, :width]
+        whole = np.stack([x % 256, y % 256, 16 * (y // 256) + x // 256], 2).astype(np.uint8)
+        item = Item("a", Path("a.png"), ["x"], tuple(map(float, box)))
+        assert np.array_equal(open_image(item, encoded(Image.fromarray(whole))), whole[top:bottom, left:right])
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_birds_are_cropped_around_their_boxes(split, tmp_path):
     items = read_items("bird", build("bird", tmp_path), split)
     expected = [number for number in range(6) if split_of(number) == split]
     assert [item.key for item in items] == [KEYS["bird"][number] for number in expected]
     for item, number in zip(items, expected, strict=True):
-        x, y, w, h = BOXES[item.key]
+        x, y, w, h = map(int, BOXES[item.key])
         r, cx, cy = int(0.75 * max(w, h)), int(x + w / 2), int(y + h / 2)
         whole = np.array(pixels(number))
         part = whole[max(0, cy - r) : min(30, cy + r), max(0, cx - r) : min(40, cx + r)]

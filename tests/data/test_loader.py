@@ -1,19 +1,33 @@
 """Batches: each image once an epoch, the same for any number of processes and workers; crops and mirrors."""
 
 import math
+import pickle
 import resource
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import SALT, family_fixtures, relative_error
 from PIL import Image
 
 from ratlip.data import loader
 from ratlip.data.captions import CaptionTable
-from ratlip.data.layouts import Item
-from ratlip.data.loader import Draw, EpochBatches, TrainingImages, batch_size_for, training_loader
+from ratlip.data.layouts import Item, open_image, read_items
+from ratlip.data.loader import (
+    Draw,
+    EpochBatches,
+    TrainingImages,
+    batch_size_for,
+    crop,
+    reduced,
+    resize_shorter,
+    to_bytes,
+    to_floats,
+    training_loader,
+)
 from ratlip.errors import UserError, line
 
 
@@ -232,6 +246,44 @@ def test_evaluation_cuts_the_centre(size, reduced, corner, tmp_path):
     assert number == 1 and np.array_equal(levels_of(image), resized[top : top + 16, left : left + 16])
 
 
+@pytest.mark.parametrize(
+    ("size", "reduced", "corner"),
+    [
+        ((16, 16), (16, 16), (0, 0)),
+        ((24, 16), (16, 11), (0, 2)),
+        ((16, 32), (8, 16), (4, 0)),
+        ((8, 10), (13, 16), (1, 0)),
+    ],
+)
+def test_padding_keeps_the_whole_picture_on_the_colour_of_its_border(size, reduced, corner, tmp_path):
+    levels = np.full((size[1], size[0], 3), (200, 30, 90), np.uint8)
+    levels[size[1] // 3 : -(size[1] // 3), size[0] // 3 : -(size[0] // 3)] = (10, 250, 0)
+    levels[0, : size[0] // 5] = 255  # a corner of another colour changes no median
+    Image.fromarray(levels).save(tmp_path / "0.png")
+    item = Item("0", tmp_path / "0.png", ["a"])
+    expected = np.full((16, 16, 3), (200, 30, 90), np.uint8)
+    resized = np.array(Image.fromarray(levels).resize(reduced, Image.Resampling.BILINEAR))
+    left, top = corner
+    expected[top : top + reduced[1], left : left + reduced[0]] = resized
+    tested = levels_of(loader.TestImages([item], 16, "pad")[0][0])
+    assert np.array_equal(tested, expected)
+    assert np.array_equal(levels_of(TrainingImages([item], 16, 1.0, False, 0, "pad")[Draw(0, 0, 0, 0)][0]), tested)
+
+
+def test_the_longest_strip_is_padded_at_its_final_size():
+    """32 to 1, of which a square of the original's side would fill the memory."""
+    found = np.array(loader.fitted(Image.new("RGB", (64, 2), (1, 2, 3)).resize((32_000, 1000)), 16, "pad"))
+    assert found.shape == (16, 16, 3) and (found == (1, 2, 3)).all()
+
+
+def test_a_padded_picture_is_enlarged_and_cropped_as_any_other(tmp_path):
+    item, levels = saved(tmp_path, 0, (20, 10))
+    square = np.array(loader.fitted(Image.fromarray(levels), 20, "pad"))
+    assert np.array_equal(square[5:15], levels)
+    places, images = windows(square, 16), TrainingImages([item], 16, 1.25, False, 0, "pad")
+    assert all(levels_of(images[Draw(number, 0, 0, 0)][0]).tobytes() in places for number in range(20))
+
+
 def test_lengths(tmp_path):
     items = [saved(tmp_path, number, (16, 16))[0] for number in range(3)]
     assert len(loader.TestImages(items, 16)) == len(TrainingImages(items, 16, 1.0, False, 0)) == 3
@@ -331,3 +383,35 @@ def test_an_image_is_tried_again(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="0.png: cannot be decoded"):
         images[Draw(0, 0, 4, 7)]
     assert slept[3:] == list(loader.PAUSES)
+
+
+@pytest.mark.parametrize(("side", "size"), [(256, 128), (256, 64), (64, 16), (299, 64), (50, 47), (17, 1), (64, 64)])
+def test_reduced_as_pillow_does(side, size):
+    levels = np.random.default_rng(side).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+    levels[1] = (levels[1] > 127) * np.uint8(255)  # where rounding shows most
+    found = reduced(torch.from_numpy(levels).permute(0, 3, 1, 2), size)
+    for image, own in zip(levels, found, strict=True):
+        expected = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)
+        assert np.array_equal(levels_of(own), expected)
+
+
+def test_a_bird_in_three_sizes_as_attngan_reads_it(tmp_path):
+    """From the box file to [-1, 1], the crop's place given."""
+    random = np.random.RandomState(zlib.crc32(f"{SALT}:input.photo".encode()))
+    key, cub = "001.Kind/Bird", tmp_path / "CUB_200_2011"
+    for folder in (cub / "images/001.Kind", tmp_path / "text/001.Kind", tmp_path / "train"):
+        folder.mkdir(parents=True)
+    photo = Image.fromarray(random.randint(0, 256, (375, 500, 3)).astype(np.uint8))
+    photo.save(cub / f"images/{key}.jpg", "PNG")  # whose pixels stay; its name is the layout's
+    (tmp_path / f"text/{key}.txt").write_text("a bird")
+    (cub / "images.txt").write_text(f"1 {key}.jpg")
+    (cub / "bounding_boxes.txt").write_text("1 60.7 27.9 325.2 304.9")
+    (tmp_path / "train/filenames.pickle").write_bytes(pickle.dumps([key]))
+    ((item,), _) = read_items("bird", tmp_path, "train")
+    picture = resize_shorter(open_image(item), int(256 * 76 / 64))
+    shares = (40.5 / (picture.width - 255), 20.5 / (picture.height - 255))  # in the midst of those that mean 40, 20
+    picture = to_bytes(crop(picture, 256, *shares))[None]
+    fixtures = family_fixtures("attngan")
+    for size, step in ((64, 5), (128, 9), (256, 17)):
+        found = to_floats(reduced(picture, size))[0, :, ::step, ::step]
+        assert relative_error(found, fixtures[f"data.{size}.slice"]) < 1e-5

@@ -1,7 +1,9 @@
 """The frozen CLIP towers against the released systems' numbers and OpenAI's own forward pass."""
 
 import hashlib
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,8 @@ from safetensors.torch import save_file
 
 from ratlip import checkpoint
 from ratlip.clips.files import filled
-from ratlip.data import captions
+from ratlip.data import captions, demo
+from ratlip.data.loader import to_floats
 from ratlip.encoders.clip_towers import (
     MEAN,
     STD,
@@ -216,6 +219,22 @@ def test_the_shipped_checkpoint_knows_the_shipped_clip():
     import clip
 
     assert clip.load("assets/demo/clip.pt", device="cpu", jit=False)[0].visual.input_resolution == 64
+
+
+def test_the_shipped_judge_is_another_clip_that_knows_the_demo():
+    """It finds the shape, colour, size, place and background of a picture among all, and is no larger than 8 MB."""
+    judge, other = load_clip("assets/demo/judge.pt"), load_clip("assets/demo/clip.pt")
+    assert judge.settings["activation"] == "quick_gelu" and Path("assets/demo/judge.pt").stat().st_size <= 8e6
+    assert (judge.resolution, judge.width, judge.depth) != (other.resolution, other.width, other.depth)
+    rng, asked = np.random.default_rng(0), demo.splits()[1][:100]
+    images = to_floats(torch.from_numpy(demo.render(asked, rng)).permute(0, 3, 1, 2))
+    seen = F.normalize(judge.image(images)[1], dim=1)
+    for field, (name, values) in enumerate(zip(demo.Attributes._fields, demo.VALUES, strict=True)):
+        options = [a._replace(**{name: value}) for a in asked for value in range(len(values))]
+        texts = [demo.captions(attributes, rng, 1)[0] for attributes in options]
+        sentences = F.normalize(judge.text(judge.tokenize(texts))[0], dim=1).unflatten(0, (len(asked), -1))
+        guessed = (sentences @ seen[:, :, None])[..., 0].argmax(1)
+        assert (guessed == torch.tensor(asked)[:, field]).float().mean() > 0.9, name
 
 
 def test_caches_tell_activation_and_normalisation_apart(clip_file, tmp_path):

@@ -7,20 +7,25 @@ import numpy as np
 import pytest
 import torch
 from easydict import EasyDict
-from helpers import SALT, relative_error, released_weights
+from helpers import SALT, fixture_input, relative_error, released_weights
 from safetensors.torch import save_file
 from torchvision.models import inception_v3
 
+from ratlip.encoders.damsm import DamsmText, Vocabulary
+from ratlip.encoders.damsm_image import DamsmClip
 from ratlip.errors import UserError
 from ratlip.metrics import features
 from ratlip.metrics.features import (
     ClipSpace,
+    DamsmSpace,
     InceptionSpace,
     MissingWeights,
     ReleasedInceptionSpace,
     padded,
     released_inception_input,
 )
+from ratlip.metrics.metric import Scored
+from ratlip.metrics.r_precision import DamsmRPrecision
 from ratlip.paths import full
 
 NOWHERE = {"inception_weights": "nowhere.pth", "inception_released_weights": "nowhere.pth"}
@@ -45,12 +50,16 @@ def test_released_inception_input(fid_images, fixtures):
     assert relative_error(found, fixtures["inception.input.slice"]) < 1e-5
 
 
-def test_released_inception_features(fid_images, fixtures, small_clip, released_file):
+def test_released_inception_features(fid_images, fixtures, dfgan_answers, small_clip, released_file):
+    """GALIP's and RATLIP's, and DF-GAN's, which is fed in the same way."""
     before = torch.random.get_rng_state()
     settings = EasyDict({"eval": {"inception_released_weights": str(released_file)}})
     space = ReleasedInceptionSpace(settings, small_clip)
     found = space(fid_images)
     assert relative_error(found, fixtures["inception.features"]) < 1e-5
+    images = fixture_input("image", 2, 3, 256, 256).tanh()
+    assert relative_error(released_inception_input(images)[:, :, ::23, ::23], dfgan_answers["fid.input"]) < 1e-5
+    assert relative_error(space(images), dfgan_answers["fid.features"]) < 1e-5
     assert torch.equal(torch.random.get_rng_state(), before)
     assert space.checksum == hashlib.sha256(released_file.read_bytes()).hexdigest()[:8]
     assert "other weights than the published 0cc3c7bd" in space.protocol
@@ -95,6 +104,34 @@ def test_files_of_something_else_are_named(space, small_clip, clip_file, tmp_pat
         settings = EasyDict({"eval": {key: str(path) for key in NOWHERE}})
         with pytest.raises(UserError, match=f"{path.name}.*{part}"):
             space(settings, small_clip)
+
+
+def test_damsm_space_is_that_of_the_pair(small_clip, tmp_path):
+    """As it stands in a file of pretrain.sh; and the CLIP that it was made with, if any."""
+    torch.manual_seed(0)
+    text, image = DamsmText(Vocabulary.of(["a red ring", "a blue star"])).eval(), DamsmClip(small_clip).eval()
+    pair = {"vocabulary": text.vocabulary.words, "text": text.state_dict(), "image": image.kept()}
+    torch.save({**pair, "clip": small_clip.identity}, tmp_path / "pair.pth")
+    about = {"weights": str(tmp_path / "pair.pth"), "vocabulary": None, "words": 18}
+    settings = EasyDict({"text": about, "data": {"dir": "."}, "train": {"seed": 0}})
+    space = DamsmSpace(settings, small_clip)
+    images, captions = torch.rand(3, 3, 64, 64) * 2 - 1, ["a blue ring", "red", "a star"]
+    found = space(images)
+    assert relative_error(found, image(images)[1]) < 1e-5
+    sentences = space.also(found, captions)["damsm_sentences"]
+    assert relative_error(sentences, text.encode(text.tokenize(captions))) < 1e-5 and space.also(found, None) == {}
+    metric = DamsmRPrecision(None, 3)
+    metric.update(Scored(torch.arange(3), images, captions, None, {"damsm": sentences, "damsm_sentences": sentences}))
+    scores = {"r_precision_damsm": 1, "r_precision_damsm/std": 0, "r_precision_damsm/candidates": 3}
+    assert metric.compute() == scores
+    with pytest.raises(UserError, match="'a dog'|'dog' has no word"):
+        space.also(found, ["red", "dog", "star"])
+    image.emb_cnn_code.weight.data += 1
+    torch.save({**pair, "clip": small_clip.identity}, tmp_path / "pair.pth")
+    assert DamsmSpace(settings, small_clip).checksum != space.checksum
+    settings.text.weights = None
+    with pytest.raises(MissingWeights, match="text.weights"):
+        DamsmSpace(settings, small_clip)
 
 
 def test_clip_space_is_known_by_its_weights(small_clip):

@@ -85,6 +85,12 @@ def test_distance_equals_scipy(dim):
         assert found == pytest.approx(distance(*other, *one), rel=1e-9)
 
 
+def test_distance_as_dfgan_computes_it(dfgan_answers):
+    one, other = fixture_input("fid.a", 200, 16).double().numpy(), fixture_input("fid.b", 150, 16).double().numpy()
+    found = distance(*moments_of(one), *moments_of(1.2 * other + 0.1))
+    assert found == pytest.approx(float(dfgan_answers["fid.value"]), rel=1e-5)
+
+
 def test_distance_of_diagonal_gaussians():
     rng = np.random.default_rng(3)
     mu1, mu2 = rng.standard_normal((2, 32))

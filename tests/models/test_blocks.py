@@ -123,3 +123,4 @@ def test_fuse_is_affine_then_leaky_relu():
 def test_discriminator_block_starts_as_its_shortcut():
     x = torch.randn(2, 8, 4, 4)
     assert torch.equal(DiscriminatorBlock(8, 8)(x), x)
+    assert torch.equal(DiscriminatorBlock(8, 8, halving=True)(x), F.avg_pool2d(x, 2))

@@ -25,17 +25,17 @@ def lstm_step(lstm, x, h, c):
     return o.sigmoid() * c.tanh(), c
 
 
-@pytest.mark.parametrize("state", ["shared", "independent"])
+@pytest.mark.parametrize("state", ["shared", "independent", "ratgan"])
 def test_unroll(state):
     recurrent = [True, False, True]
     made = conditioner(state, recurrent)
     noise, sentence = torch.randn(3, NOISE).double(), torch.randn(3, SENTENCE).double()
     condition = torch.cat([noise, sentence], dim=1)
-    if state == "shared":
+    if state in ("shared", "ratgan"):
         h, c = made.start(noise).chunk(2, dim=1)
         hidden = []
         for _ in range(2):
-            h, c = lstm_step(made.lstms[0], condition, h, c)
+            h, c = lstm_step(made.lstms[0], sentence if state == "ratgan" else condition, h, c)
             hidden.append(h)
     else:
         zero = torch.zeros(3, HIDDEN).double()
@@ -44,6 +44,8 @@ def test_unroll(state):
     for (gamma, beta), affine, h in zip(made(noise, sentence), made.affines, expected, strict=True):
         assert relative_error(gamma[:, :, 0, 0], affine.gamma(h)) < 1e-12
         assert relative_error(beta[:, :, 0, 0], affine.beta(h)) < 1e-12
+    hidden_layers = [affine.gamma[0].out_features for affine in made.affines]
+    assert hidden_layers == ([HIDDEN, 8, HIDDEN] if state == "ratgan" else [4, 8, 4])
 
 
 def test_loads_what_was_saved_of_whole_lstms():

@@ -5,7 +5,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
@@ -16,8 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ratlip import checkpoint, distributed
+from ratlip.data.items import Item
 from ratlip.disk import cannot_write, replacing
-from ratlip.encoders.clip_towers import FrozenClip
+from ratlip.encoders import TextEncoder
 from ratlip.errors import UserError, first_line
 
 EMBED_BATCH = 256
@@ -33,7 +34,7 @@ class CaptionTable:
     def __init__(self, captions: Sequence[Sequence[str]]):
         self.texts = [text for own in captions for text in own]
         self.starts = np.cumsum([0] + [len(own) for own in captions])
-        self.cut: list[int] = []  # rows of captions that are longer than CLIP reads; `embed` finds them
+        self.cut: list[int] = []  # rows of captions that are longer than their encoder reads; `embed` finds them
 
     @cached_property
     def numbers(self) -> dict[str, int]:
@@ -85,56 +86,57 @@ class CaptionTable:
         return None
 
 
-def embed(table: CaptionTable, clip: FrozenClip, cache: Path | None = None) -> Tensor:
+def embed(table: CaptionTable, encoder: TextEncoder, cache: Path | None = None, items: Sequence[Item] = ()) -> Tensor:
     """Sentence embeddings of every caption row (R, E), float32 on the CPU; each distinct text is encoded once.
-    `table.cut` then has the rows whose end CLIP does not read.
+    `table.cut` then has the rows that the encoder does not read to the end.
 
     Args:
-        cache: folder that keeps them. A file is named by a hash of the CLIP and the captions, so that
-            one made by another CLIP or from other captions is never used. An interruption costs one batch. Of
+        cache: folder that keeps them. A file is named by a hash of the encoder and the captions, so that
+            one made by another encoder or from other captions is never used. An interruption costs one batch. Of
             several runs at once one encodes and the others wait; on a file system without locks all encode.
+        items: whose captions they are, to name one in which there is nothing that the encoder reads.
+
+    Raises:
+        UserError: such a caption, or a file that cannot be written.
     """
     distinct = sorted(set(table.texts))
     place = {text: i for i, text in enumerate(distinct)}
     order = [place[text] for text in table.texts]
     if cache is None:
-        table.cut = find_cut(table.texts, clip)
-        return _encode(distinct, clip, None)[order]
-    path = cache / f"captions_{_fingerprint(table.texts, clip)}.pt"
+        encoder.check(table.texts, partial(caption_place, table, items))
+        table.cut = encoder.cut(table.texts)
+        return _encode(distinct, encoder, None)[order]
+    path = cache / f"captions_{_fingerprint(table.texts, encoder)}.pt"
     rows = path.with_suffix(".rows")  # those encoded so far
     if (kept := _read(path, len(order))) is not None:
-        return _take(kept, table, clip)
+        return _take(kept, table, encoder)
+    encoder.check(table.texts, partial(caption_place, table, items))
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with open(os.open(rows, os.O_RDWR | os.O_CREAT, 0o666), "rb+") as file:
             with suppress(OSError):  # without locks: each then writes the same rows to the same places
                 fcntl.flock(file, fcntl.LOCK_EX)  # another run may be at it, and is then waited for
             if (kept := _read(path, len(order))) is None:
-                kept = {"sentences": _encode(distinct, clip, file)[order], "cut": find_cut(table.texts, clip)}
+                kept = {"sentences": _encode(distinct, encoder, file)[order], "cut": encoder.cut(table.texts)}
                 _write(kept, path)
             rows.unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(rows, error) from None
-    return _take(kept, table, clip)
+    return _take(kept, table, encoder)
 
 
-def say_cut(table: CaptionTable, clip: FrozenClip, what: str) -> None:
+def say_cut(table: CaptionTable, encoder: TextEncoder, what: str) -> None:
     """One line where captions of an embedded table are cut, with the first. `what`: such as "training captions"."""
     if table.cut:
         count, first = f"{len(table.cut):,} of {len(table.texts):,} {what}", table.texts[table.cut[0]]
-        longer = f"are longer than the {clip.context_length} tokens that CLIP reads, and are cut"
+        longer = f"are longer than the {encoder.limit}, and are cut"
         distributed.say(f"{count} {longer}; the first: {first!r}")
 
 
-def find_cut(texts: Sequence[str], clip: FrozenClip) -> list[int]:
-    """Numbers of the texts that `clip.tokenize` cuts."""
-    # A token is a byte or more, and two mark the ends: most captions are too short for the tokenizer to be asked.
-    longer = [number for number, text in enumerate(texts) if len(text.encode()) > clip.context_length - 2]
-    found = []
-    for batch in (longer[i : i + EMBED_BATCH] for i in range(0, len(longer), EMBED_BATCH)):
-        cut = clip.cuts([texts[number] for number in batch])
-        found += [number for number, own in zip(batch, cut, strict=True) if own]
-    return found
+def caption_place(table: CaptionTable, items: Sequence[Item], row: int) -> str:
+    """Where a caption row is from, for messages."""
+    image = int(np.searchsorted(table.starts, row, side="right")) - 1
+    return f"{items[image].place if items else f'image {image + 1}'}, caption {row - table.starts[image] + 1}"
 
 
 def _read(path: Path, count: int) -> dict | None:
@@ -146,9 +148,9 @@ def _read(path: Path, count: int) -> dict | None:
         return None
 
 
-def _take(kept: dict, table: CaptionTable, clip: FrozenClip) -> Tensor:
+def _take(kept: dict, table: CaptionTable, encoder: TextEncoder) -> Tensor:
     """The embeddings of a cache file; files of earlier versions do not say which captions are cut."""
-    table.cut = kept["cut"] if "cut" in kept else find_cut(table.texts, clip)
+    table.cut = kept["cut"] if "cut" in kept else encoder.cut(table.texts)
     return kept["sentences"]
 
 
@@ -161,12 +163,12 @@ def _write(kept: dict, path: Path) -> None:
 
 
 @torch.no_grad()
-def _encode(texts: Sequence[str], clip: FrozenClip, rows: BinaryIO | None) -> Tensor:
+def _encode(texts: Sequence[str], encoder: TextEncoder, rows: BinaryIO | None) -> Tensor:
     """Sentence embeddings (R, E) of texts; those that the file `rows` holds are taken from it, new ones go there."""
-    embedded = torch.empty(len(texts), clip.embedding_dim)
+    embedded = torch.empty(len(texts), encoder.embedding_dim)
     done = 0
     if rows:
-        found = _encoded(rows, clip.embedding_dim)[: len(texts)]
+        found = _encoded(rows, encoder.embedding_dim)[: len(texts)]
         done = len(found)
         embedded[:done] = torch.from_numpy(found)
         rows.seek(found.nbytes)
@@ -175,7 +177,7 @@ def _encode(texts: Sequence[str], clip: FrozenClip, rows: BinaryIO | None) -> Te
     with bar:
         for i in range(done, len(texts), EMBED_BATCH):
             batch = texts[i : i + EMBED_BATCH]
-            embedded[i : i + len(batch)] = clip.text(clip.tokenize(batch).to(clip.mean.device))[0]
+            embedded[i : i + len(batch)] = encoder.encode(encoder.tokenize(batch))
             if rows:
                 rows.write(embedded[i : i + len(batch)].numpy().tobytes())
                 rows.flush()
@@ -194,10 +196,7 @@ def _encoded(rows: BinaryIO, dim: int) -> np.ndarray:
     return found[: written // EMBED_BATCH * EMBED_BATCH]
 
 
-def _fingerprint(texts: Sequence[str], clip: FrozenClip) -> str:
+def _fingerprint(texts: Sequence[str], encoder: TextEncoder) -> str:
     digest = hashlib.sha256("\n".join(texts).encode(errors="surrogateescape"))
-    for name, weight in clip.clip.state_dict().items():
-        if not name.startswith("visual."):
-            digest.update(weight.cpu().numpy().tobytes())
-    digest.update(clip.unlike_openai(image=False).encode())
+    encoder.add_to(digest)
     return digest.hexdigest()[:16]

@@ -11,12 +11,12 @@ from typing import NamedTuple
 from easydict import EasyDict
 
 from ratlip import distributed
-from ratlip.data import parquet, shards
+from ratlip.data import lafite, parquet, shards
 from ratlip.data.files import counted
 from ratlip.data.items import LEFT_OUT
 from ratlip.data.journal import Journal, complete, file_state
 from ratlip.data.layouts import DECODING, Item, Problem, open_image, read_bytes, read_items
-from ratlip.data.loader import resize_shorter
+from ratlip.data.loader import fitted
 from ratlip.disk import cannot_write, replacing
 from ratlip.errors import UserError, first_line
 from ratlip.paths import command
@@ -44,7 +44,7 @@ class Stock(NamedTuple):
 
 def cache_folder(data: EasyDict) -> Path:
     """Where what is found out about a data set is kept: `cache` in its folder, or in that of its shards or files."""
-    files = data.layout in ("webdataset", "parquet") and not Path(data.dir).is_dir()
+    files = data.layout in ("webdataset", "parquet", "lafite") and not Path(data.dir).is_dir()
     return (shards.folder(data.dir) if files else Path(data.dir)) / "cache"
 
 
@@ -65,6 +65,8 @@ def take_stock(data: EasyDict, split: str) -> Stock:
         items, problems = shards.read_shards(data, split, cache)
     elif data.layout == "parquet":
         items, problems = parquet.read_parquet(data, split, cache)
+    elif data.layout == "lafite":
+        items, problems = lafite.read_lafite(data, split)
     else:
         items, problems = read_items(data.layout, Path(data.dir), split)
     journal = Journal(cache / f"images_{split}.jsonl", CHECK)
@@ -147,15 +149,16 @@ def write_copies(config: EasyDict, items: list[Item]) -> Path:
         if not _copy_of(item, folder).is_file():
             journal.known.pop(item.key, None)
     inputs = [(item.key, _source(item), item) for item in items]
-    work = partial(_write_copy, folder=folder, size=size)
+    work = partial(_write_copy, folder=folder, size=size, fit=config.data.fit)
     complete(journal, inputs, work, config.data.num_workers, TOGETHER, "resizing images")
     return folder
 
 
 def _copies(config: EasyDict) -> tuple[Path, int]:
-    """Folder of the resized copies, and their shorter side in pixels."""
+    """Folder of the resized copies, and their shorter side in pixels; padded ones have one of their own."""
     size = int(config.model.imsize * config.data.enlarge)
-    return cache_folder(config.data) / f"resized_{size}", size
+    padded = "" if config.data.fit == "crop" else f"_{config.data.fit}"
+    return cache_folder(config.data) / f"resized_{size}{padded}", size
 
 
 def _with_copies(config: EasyDict, items: list[Item]) -> list[Item]:
@@ -177,9 +180,9 @@ def _copy_of(item: Item, folder: Path) -> Path:
     return folder / f"{item.key}.bmp"
 
 
-def _write_copy(item: Item, folder: Path, size: int) -> bool:
+def _write_copy(item: Item, folder: Path, size: int, fit: str) -> bool:
     path = _copy_of(item, folder)
-    picture = resize_shorter(open_image(item), size)
+    picture = fitted(open_image(item), size, fit)
     try:
         with replacing(path) as file:
             picture.save(file, "BMP")

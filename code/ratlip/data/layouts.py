@@ -1,6 +1,5 @@
 """Where the images, captions and splits of each supported data set lie on disk."""
 
-import pickle
 import re
 import warnings
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
-from ratlip import distributed
+from ratlip import checkpoint, distributed
 from ratlip.data import demo
 from ratlip.data.folder import read_folder
 from ratlip.data.items import Item, Problem
@@ -36,19 +35,34 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode refuse
 class Layout:
     """Paths below the data folder; {key} is the item's key, {stem} the key up to its first dot."""
 
-    image: str
+    image: str | tuple[str, ...]  # of several, as programs differ, the first whose folder is there
     text: str = "text/{stem}.txt"
-    keys: str = "{split}/filenames.pickle"
+    keys: tuple[str, ...] = ("{split}/filenames.pickle",)  # the first that is there
     subsets: dict[str, str] = field(default_factory=dict)  # what {subset} stands for in each split
     boxes: str | None = None
 
+    def image_in(self, root: Path) -> str:
+        """The form of `image` that this data set has."""
+        forms = (self.image,) if isinstance(self.image, str) else self.image
+        for form in forms:
+            for subset in self.subsets.values() or ("",):
+                if (root / form.format(key="a", stem="a", subset=subset)).parent.is_dir():
+                    return form
+        return forms[0]
 
+
+# Where there are several forms: GALIP's and RATLIP's, DF-GAN's, RAT-GAN's.
 LAYOUTS = {
     "bird": Layout("CUB_200_2011/images/{key}.jpg", "text/{key}.txt", boxes="CUB_200_2011"),
-    "flower": Layout("images/{key}"),
-    "face": Layout("images/{key}.jpg", "text/{key}.txt"),
+    "flower": Layout(
+        ("images/{key}", "oxford-102-flowers/images/{stem}.jpg", "jpg/{stem}.jpg"),
+        keys=("{split}/filenames.pickle", "flower_cat_dic.pkl", "../flower_cat_dic.pkl"),
+    ),
+    "face": Layout(("images/{key}.jpg", "image/CelebA-HQ-img/{key}.jpg"), "text/{key}.txt"),
     "coco": Layout(
-        "images/{subset}/jpg/{key}.jpg", "text/{key}.txt", subsets={"train": "train2014", "test": "val2014"}
+        ("images/{subset}/jpg/{key}.jpg", "images/{subset}/{key}.jpg", "images/{key}.jpg"),
+        "text/{key}.txt",
+        subsets={"train": "train2014", "test": "val2014"},
     ),
 }
 
@@ -70,12 +84,16 @@ def read_items(layout_name: str, root: Path, split: str) -> tuple[list[Item], li
     if layout_name in ("demo", "folder"):
         return read_folder(root, split)
     layout = LAYOUTS[layout_name]
-    keys = _pickled_keys(root, layout, split)
+    place_of_keys, keys = _pickled_keys(root, layout, split)
     boxes = _read_boxes(root / layout.boxes) if layout.boxes else {}
     items, problems, seen = [], [], set()
+    if split not in place_of_keys.parts:
+        line = f"{place_of_keys}: lists pictures for training and testing alike; scores are of training pictures"
+        problems.append(Problem("one list", line, lost=False))
+    image = layout.image_in(root)
     for key in tqdm(keys, f"{split} captions", unit="file", leave=False, disable=distributed.rank() > 0 or None):
         names = {"key": key, "stem": key.split(".")[0], "split": split, "subset": layout.subsets.get(split, split)}
-        path, text = (existing(root / place.format(**names)) for place in (layout.image, layout.text))
+        path, text = (existing(root / place.format(**names)) for place in (image, layout.text))
         if key in seen:
             problems.append(Problem("key twice", f"{root}: {split} lists {key!r} twice; used once", lost=False))
         elif key.startswith("/") or ".." in Path(key).parts:
@@ -235,36 +253,48 @@ def _crop_around(image: Image.Image, x: float, y: float, width: float, height: f
     return image.crop((left, top, right, bottom))
 
 
-class _StringsUnpickler(pickle.Unpickler):
-    """Builds plain containers of strings; anything that would import code is refused."""
-
-    def find_class(self, module: str, name: str) -> None:
-        raise pickle.UnpicklingError(f"asks for {module}.{name}")
-
-
-def _pickled_keys(root: Path, layout: Layout, split: str) -> list[str]:
-    path = root / layout.keys.format(split=split)
+def _pickled_keys(root: Path, layout: Layout, split: str) -> tuple[Path, list[str]]:
+    """The file that lists the keys of a split, and the keys."""
+    places = [root / place.format(split=split) for place in layout.keys]
+    path = next((place for place in places if place.is_file()), places[0])
     try:
-        with open(path, "rb") as file:
-            keys = _StringsUnpickler(file, encoding="latin-1").load()
+        keys = checkpoint.read_pickle(path)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; it lists the keys of the {split} split") from None
-    except Exception as error:  # a broken pickle can fail in any way
-        raise UserError(f"{path}: not a pickled list of strings, refused ({error})") from None
+    if isinstance(keys, dict):
+        keys = keys.get("img")  # as RAT-GAN's flower_cat_dic.pkl has them, beside the classes
     if not isinstance(keys, list | tuple) or not all(isinstance(key, str) for key in keys):
         raise UserError(f"{path}: expected a list of strings")
-    return [key.strip() for key in keys]
+    return path, [key.strip() for key in keys]
+
+
+def read_classes(layout_name: str, root: Path, split: str) -> dict[str, int]:
+    """The class of each key of a split, from its class_info.pickle; {}: there is none.
+
+    Raises:
+        UserError: it does not fit the list.
+    """
+    path = root / split / "class_info.pickle"
+    if layout_name not in LAYOUTS or not path.is_file():
+        return {}
+    _, keys = _pickled_keys(root, LAYOUTS[layout_name], split)
+    classes = checkpoint.read_pickle(path)
+    try:
+        return dict(zip(keys, map(int, classes), strict=True))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: expected a class, a number, for each of {len(keys):,} keys ({error})") from None
 
 
 def _read_boxes(folder: Path) -> dict[str, tuple[float, float, float, float]]:
-    """CUB's bounding boxes by key, from its images.txt (id path) and bounding_boxes.txt (id x y width height)."""
+    """CUB's bounding boxes by key, from its images.txt (id path) and bounding_boxes.txt (id x y width height), the
+    numbers cut to whole ones as AttnGAN's program and those after it read them."""
     path = folder / "bounding_boxes.txt"
     keys = {number: re.sub(r"\.\w+$", "", name) for number, name in _numbered_lines(folder / "images.txt").items()}
     boxes = {}
     for number, numbers in _numbered_lines(path).items():
         try:
-            x, y, width, height = map(float, numbers.split())
-        except ValueError:
+            x, y, width, height = (float(int(float(number))) for number in numbers.split())
+        except (ValueError, OverflowError):
             raise UserError(f"{path}: image {number}: expected x y width height, not {numbers!r}") from None
         boxes[keys.get(number)] = (x, y, width, height)
     return boxes

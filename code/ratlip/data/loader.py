@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -136,10 +137,11 @@ def batch_size_for(images: int, asked: int | None = None, processes: int = 1) ->
 
 
 class TrainingImages(Dataset):
-    """Decodes and augments the image of a Draw; crop and mirroring depend on (seed, epoch, image) alone."""
+    """Decodes and augments the image of a Draw; crop and mirroring depend on (seed, epoch, image) alone. `fit` is that
+    of `fitted`."""
 
-    def __init__(self, items: Sequence[Item], imsize: int, enlarge: float, flip: bool, seed: int):
-        self.items = items
+    def __init__(self, items: Sequence[Item], imsize: int, enlarge: float, flip: bool, seed: int, fit: str = "crop"):
+        self.items, self.fit = items, fit
         self.imsize, self.enlarge, self.flip, self.seed = imsize, enlarge, flip, seed
 
     def __len__(self) -> int:
@@ -147,7 +149,7 @@ class TrainingImages(Dataset):
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int]:
         rng = np.random.default_rng((self.seed, draw.epoch, draw.image))
-        image = resize_shorter(open_again(self.items[draw.image]), int(self.imsize * self.enlarge))
+        image = fitted(open_again(self.items[draw.image]), int(self.imsize * self.enlarge), self.fit)
         image = crop(image, self.imsize, *rng.random(2))
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -155,16 +157,16 @@ class TrainingImages(Dataset):
 
 
 class TestImages(Dataset):
-    """Images as evaluation sees them: shorter side to `imsize`, cut in the centre. Gives (image, number)."""
+    """Images as evaluation sees them: shorter side to `imsize`, cut in the centre; or padded. Gives (image, number)."""
 
-    def __init__(self, items: Sequence[Item], imsize: int):
-        self.items, self.imsize = items, imsize
+    def __init__(self, items: Sequence[Item], imsize: int, fit: str = "crop"):
+        self.items, self.imsize, self.fit = items, imsize, fit
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = resize_shorter(open_again(self.items[index]), self.imsize)
+        image = fitted(open_again(self.items[index]), self.imsize, self.fit)
         return to_bytes(crop(image, self.imsize, 0.5, 0.5)), index
 
 
@@ -248,6 +250,20 @@ def open_again(item: Item) -> Image.Image:
     return open_image(item)
 
 
+def fitted(image: Image.Image, size: int, fit: str) -> Image.Image:
+    """A picture from which squares of side `size` are cut: "crop", its shorter side is that; "pad", its longer one, and
+    it lies in the middle of such a square, whose other pixels have the colour of its border (the median)."""
+    if fit == "crop" or image.width == image.height:
+        return resize_shorter(image, size)
+    scale = size / max(image.size)
+    image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
+    levels = np.asarray(image)  # (H, W, 3)
+    border = np.concatenate([levels[0], levels[-1], levels[:, 0], levels[:, -1]])
+    square = Image.new("RGB", (size, size), tuple(np.median(border, axis=0).astype(int).tolist()))
+    square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    return square
+
+
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:
     """Shorter side to `size` pixels, bilinear, proportions kept."""
     scale = size / min(image.size)
@@ -272,6 +288,30 @@ def to_floats(images: Tensor) -> Tensor:
         return images
     # A GPU would multiply by the rounded inverse of a plain number.
     return images.float().div_(torch.full((), 127.5, device=images.device)).sub_(1)
+
+
+def reduced(images: Tensor, size: int) -> Tensor:
+    """Square pictures (B, 3, S, S) of bytes -> (B, 3, size, size), size <= S, bit for bit as Pillow resizes them
+    (bilinear, which averages over what a pixel covers), on any device."""
+    weights = devices.send(pillow_weights(images.shape[-1], size), images.device)
+    x = images.double()  # in which the integers are exact
+    for product in (lambda x: x @ weights.T, lambda x: weights @ x):  # along rows first, rounded in between
+        x = product(x).add_(0.5).floor_().clamp_(0, 255)
+    return x.to(torch.uint8)
+
+
+@cache
+def pillow_weights(side: int, size: int) -> Tensor:
+    """Pillow's bilinear weights for a reduction from `side` to `size` pixels (size, side), float64: triangles as wide
+    as two pixels of the result, rounded to multiples of 2^-22."""
+    scale = side / size
+    centres = (np.arange(size)[:, None] + 0.5) * scale
+    places = np.arange(side)
+    weights = np.maximum(0, 1 - np.abs(places + 0.5 - centres) / scale)
+    within = (places >= np.trunc(centres - scale + 0.5)) & (places < np.trunc(centres + scale + 0.5))
+    weights = np.where(within, weights, 0)
+    weights /= weights.sum(1, keepdims=True)
+    return torch.from_numpy(np.floor(weights * 2**22 + 0.5) / 2**22)
 
 
 def shard_numbers(items: Sequence[Item]) -> np.ndarray | None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ratlip import clips
+from ratlip import device as devices
 from ratlip.clips.files import END_OF_TEXT, HEAD, MEAN, STD, activation_of, clip
 from ratlip.errors import UserError, first_line
 
@@ -20,6 +21,7 @@ OPENAI = {
     "std": [round(x, 6) for x in STD],
     "resize": "bicubic",
 }
+CUT_BATCH = 256  # captions tokenized at a time
 OTHERWISE = "is built otherwise than OpenAI's CLIP, which is all that is read here"
 TOLERANCE = 1e-3  # of our towers and the model's own, largest difference over largest value; 1e-6 is usual in float32
 
@@ -39,6 +41,7 @@ class FrozenClip(nn.Module):
             mapped twice, as the published GALIP and RATLIP numbers were made).
         mean, std: of the three colours in [0, 1], by which its images are normalised.
         resize: "bicubic" or "bilinear", with the standard input.
+        name: where it is from, for people.
     """
 
     def __init__(
@@ -50,8 +53,10 @@ class FrozenClip(nn.Module):
         mean: Sequence[float] = MEAN,
         std: Sequence[float] = STD,
         resize: str = "bicubic",
+        name: str = "CLIP",
     ):
         super().__init__()
+        self.name = name
         self.clip = model.float().eval().requires_grad_(False)
         visual = model.visual
         if not hasattr(visual, "class_embedding"):
@@ -112,14 +117,38 @@ class FrozenClip(nn.Module):
         """Stays in eval mode whatever is asked."""
         return super().train(False)
 
-    def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> token ids (B, context length), int64; longer captions are cut."""
+    @property
+    def limit(self) -> str:
+        """How long a caption it reads, in words."""
+        return f"{self.context_length} tokens that CLIP reads"
+
+    def tokenize(self, captions: Sequence[str], whole: bool = False) -> Tensor:
+        """Captions -> token ids (B, context length), int64; longer captions are cut, `whole` or not."""
         return clip.tokenize(list(captions), context_length=self.context_length, truncate=True).long()
 
-    def cuts(self, captions: Sequence[str]) -> list[bool]:
-        """Whether `tokenize` cuts each caption: whether one token more than it reads would be filled."""
-        longer = clip.tokenize(list(captions), context_length=self.context_length + 1, truncate=True)
-        return longer[:, -1].ne(0).tolist()
+    def cut(self, captions: Sequence[str], whole: bool = False) -> list[int]:
+        """Numbers of the captions that `tokenize` cuts: of which one token more than it reads would be filled."""
+        # A token is a byte or more, and two mark the ends: most captions are too short for the tokenizer to be asked.
+        longer = [n for n, caption in enumerate(captions) if len(caption.encode()) > self.context_length - 2]
+        found = []
+        for batch in (longer[i : i + CUT_BATCH] for i in range(0, len(longer), CUT_BATCH)):
+            tokens = clip.tokenize([captions[n] for n in batch], context_length=self.context_length + 1, truncate=True)
+            found += [n for n, filled in zip(batch, tokens[:, -1].ne(0).tolist(), strict=True) if filled]
+        return found
+
+    def check(self, captions: Sequence[str], place: Callable[[int], str]) -> None:
+        """Nothing: CLIP reads any text."""
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Token ids of `tokenize` -> sentence embeddings (B, E), on CLIP's device."""
+        return self.text(devices.send(tokens, self.mean.device))[0]
+
+    def add_to(self, digest) -> None:
+        """Add all that its sentence embeddings depend on, besides the captions, to a hash of hashlib."""
+        for name, weight in self.clip.state_dict().items():
+            if not name.startswith("visual."):
+                digest.update(weight.cpu().numpy().tobytes())
+        digest.update(self.unlike_openai(image=False).encode())
 
     def text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Text encoder: token ids (B, L) -> sentence embedding (B, E), token features (B, L, text width).
@@ -150,6 +179,13 @@ class FrozenClip(nn.Module):
         tokens, maps = self._run(self._patches(images), range(self.depth), class_token)
         visual = self.clip.visual
         return torch.stack(maps, dim=1), visual.ln_post(tokens[:, 0]) @ visual.proj
+
+    def regions(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] -> the last block's patch tokens, normalised and projected as the class token
+        is (B, E, g, g), and the embedding (B, E)."""
+        visual = self.clip.visual
+        tokens = visual.ln_post(self._run(self._patches(images), range(self.depth))[0]) @ visual.proj
+        return self._to_map(tokens[:, 1:]), tokens[:, 0]
 
     def feature_maps(self, images: Tensor) -> Tensor:
         """The feature maps of `image` alone; blocks above the last one that is read do not run."""
@@ -294,7 +330,7 @@ def load_clip(weights: str, source: str = "openai", activation: str | None = Non
     vocabulary = len(found.model.token_embedding.weight)
     if vocabulary != END_OF_TEXT + 1:
         raise UserError(f"clip.weights: {weights} has another tokenizer than OpenAI's: {vocabulary} words")
-    own = FrozenClip(found.model, mean=found.mean, std=found.std, resize=found.resize, **towers)
+    own = FrozenClip(found.model, mean=found.mean, std=found.std, resize=found.resize, name=weights, **towers)
     try:
         differs = _difference(own)
     except (AttributeError, RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -327,7 +363,7 @@ def require_same(clip: FrozenClip, then: Mapping, what: str, insist: bool) -> st
     """Compare a CLIP with the one that a checkpoint was trained with.
 
     Args:
-        then: the `identity` that was stored, or as much of it as is known.
+        then: the `identity` that was stored, or as much of it as is known. {}: no CLIP matters to it.
         what: the checkpoint, for messages.
         insist: take another CLIP of the same shapes all the same.
 
@@ -337,6 +373,8 @@ def require_same(clip: FrozenClip, then: Mapping, what: str, insist: bool) -> st
     Raises:
         UserError: other shapes; another CLIP, unless `insist`.
     """
+    if not then:
+        return ""
     if any(then.get(key) != value for key, value in clip.shape.items()):
         shapes = [", ".join(f"{key} {found.get(key)}" for key in clip.shape) for found in (then, clip.shape)]
         raise UserError(f"{what} was trained with a CLIP of {shapes[0]}; clip.weights is one of {shapes[1]}")
@@ -358,8 +396,8 @@ def require_same(clip: FrozenClip, then: Mapping, what: str, insist: bool) -> st
 def trained_with(content: Mapping) -> dict:
     """What a checkpoint's content says about its CLIP. Before checksums were stored, normalisation was always OpenAI's,
     and whatever came by clip.source=openai was computed with QuickGELU."""
-    then = dict(content["clip"])
-    if "activation" in then:
+    then = dict(content["clip"] or {})
+    if "activation" in then or not then:
         return then
     before = {key: OPENAI[key] for key in ("mean", "std", "resize")}
     if content["config"].get("clip.source", "openai") == "openai":

@@ -1,12 +1,25 @@
 """The metrics by name. A new one is a subclass of Metric (metric.py) in a file of its own, named in this list."""
 
-from ratlip.metrics.all_features import Kid, PrecisionRecall
+from ratlip.metrics.all_features import InceptionScore, Kid, PrecisionRecall
 from ratlip.metrics.caption_accuracy import CaptionAccuracy
 from ratlip.metrics.clip_score import ClipScore
+from ratlip.metrics.cmmd import Cmmd
+from ratlip.metrics.diversity import Diversity
 from ratlip.metrics.fid import Fid, FrechetClip, ReleasedFid
+from ratlip.metrics.r_precision import DamsmRPrecision, RPrecision
 
-METRICS = {
-    name: metric
-    for metric in (Fid, ReleasedFid, FrechetClip, ClipScore, Kid, PrecisionRecall, CaptionAccuracy)
-    for name in metric.names
-}
+KINDS = (
+    Fid,
+    ReleasedFid,
+    FrechetClip,
+    Cmmd,
+    ClipScore,
+    RPrecision,
+    DamsmRPrecision,
+    Diversity,
+    Kid,
+    PrecisionRecall,
+    InceptionScore,
+    CaptionAccuracy,
+)
+METRICS = {name: metric for metric in KINDS for name in metric.names}

@@ -1,4 +1,4 @@
-"""Metrics that need the features of all pictures at once, by torch-fidelity: KID, precision and recall."""
+"""Metrics that need features of all pictures at once; by torch-fidelity: KID, precision and recall, Inception score."""
 
 import torch
 
@@ -9,6 +9,8 @@ from ratlip.metrics.reference import Reference
 
 KID_SUBSET = 1000  # pictures; torch-fidelity's own, as are 100 subsets and their seed
 NEIGHBOURS = 3
+LOGITS = 1008  # of torch-fidelity's Inception
+SPLITS = 10  # of the Inception score; torch-fidelity's own
 BLOCK = 10_000  # pictures whose distances are held at once; torch-fidelity's own
 
 
@@ -74,3 +76,33 @@ class PrecisionRecall(AllFeatures):
             self.generated.cpu(), self.real, prc_neighborhood=NEIGHBOURS, save_cpu_ram=in_parts, verbose=False
         )
         return {name: found[name] for name in self.names}
+
+
+class InceptionScore(Metric):
+    """`is`: how sure Inception is of each picture, and how various they are: exp(mean KL(p(y|x), p(y))), mean over ten
+    splits (Salimans et al. 2016, arXiv 1606.03498)."""
+
+    names = ("is",)
+    higher_is_better = True
+    space = "inception"
+
+    def __init__(self, reference: Reference | None, count: int):
+        if count < SPLITS:
+            raise UserError(f"is: the Inception score is of {SPLITS} splits: it needs as many pictures, not {count}")
+        self.totals = [torch.zeros(count, LOGITS)]
+
+    def update(self, scored: Scored) -> None:
+        logits = scored.features["inception_logits"]
+        self.totals[0] = devices.send(self.totals[0], logits.device)
+        self.totals[0][devices.send(scored.numbers, logits.device)] = logits
+
+    def compute(self) -> dict[str, float]:
+        """{"is": mean, "is/std": spread over the splits}."""
+        from torch_fidelity.metric_isc import isc_features_to_metric
+
+        found = isc_features_to_metric(self.totals[0].cpu(), SPLITS)
+        return {"is": found["inception_score_mean"], "is/std": found["inception_score_std"]}
+
+    @classmethod
+    def caveat(cls, reference: Reference | None, count: int) -> str:
+        return f"{SPLITS} splits, as torch-fidelity makes them; the papers' for birds had an Inception trained on birds"

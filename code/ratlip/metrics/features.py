@@ -4,7 +4,7 @@ import hashlib
 import io
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ratlip import checkpoint, distributed
 from ratlip import device as devices
 from ratlip.encoders.clip_towers import FrozenClip
+from ratlip.encoders.damsm import HIDDEN, load_damsm
+from ratlip.encoders.damsm_image import load_damsm_image
 from ratlip.errors import UserError, first_line
 from ratlip.paths import full
 
@@ -55,11 +57,16 @@ class Space(ABC):
     def features(self, images: Tensor) -> Tensor:
         """What __call__ answers, of LEAST pictures or more."""
 
+    def also(self, features: Tensor, captions: Sequence[str] | None) -> dict[str, Tensor]:
+        """What else metrics read, by name: made from what __call__ answered, or from the pictures' captions."""
+        return {}
+
 
 class ClipSpace(Space):
     """CLIP's image embedding, not normalised."""
 
     name = "clip"
+    keeps_features = True
 
     def __init__(self, config: EasyDict, clip: FrozenClip):
         self.clip, self.dim = clip, clip.embedding_dim
@@ -101,6 +108,11 @@ class InceptionSpace(Space):
         levels = images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)  # as if read from a PNG
         return self.extractor(levels)[0]
 
+    def also(self, features: Tensor, captions: Sequence[str] | None) -> dict[str, Tensor]:
+        """The 1,008 logits, without their bias as the Inception score has them since its first program."""
+        with torch.no_grad(), full_float32():
+            return {"inception_logits": features @ self.extractor.fc.weight.T}
+
 
 class ReleasedInceptionSpace(Space):
     """The papers': torchvision's ImageNet Inception v3 up to its last pooling, fed as their code feeds it."""
@@ -124,7 +136,38 @@ class ReleasedInceptionSpace(Space):
         return self.network(released_inception_input(images))
 
 
-SPACES = {space.name: space for space in (ClipSpace, InceptionSpace, ReleasedInceptionSpace)}
+class DamsmSpace(Space):
+    """DAMSM's codes of pictures, and its sentences of their captions, by the pair of encoders of `text.weights`."""
+
+    name, statistics, dim = "damsm", "damsm", 2 * HIDDEN
+
+    def __init__(self, config: EasyDict, clip: FrozenClip):
+        settings, place = config.text, clip.mean.device
+        if settings.weights is None:
+            raise MissingWeights("text.weights names no file of DAMSM's encoders (pretrain.sh makes one)")
+        with torch.random.fork_rng(devices=[]):
+            folder, seed = Path(config.data.dir), config.train.seed
+            self.text = load_damsm(settings.weights, settings.vocabulary, folder, settings.words, seed).eval().to(place)
+            self.image = load_damsm_image(settings.weights, clip).eval().to(place)
+        digest = hashlib.sha256(self.text.identity["checksum"].encode())
+        for weight in self.image.kept().values():
+            digest.update(weight.cpu().contiguous().numpy().tobytes())
+        self.checksum = digest.hexdigest()[:8]
+        self.protocol = f"DAMSM of {settings.weights}"
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.image(images)[1]
+
+    def also(self, features: Tensor, captions: Sequence[str] | None) -> dict[str, Tensor]:
+        """The captions' sentences (B, 256)."""
+        if captions is None:
+            return {}
+        self.text.check(captions, lambda _: "a caption")
+        with torch.no_grad(), full_float32():
+            return {"damsm_sentences": self.text.encode(self.text.tokenize(captions))}
+
+
+SPACES = {space.name: space for space in (ClipSpace, InceptionSpace, ReleasedInceptionSpace, DamsmSpace)}
 
 
 def padded(rows: Tensor, least: int = LEAST) -> Tensor:

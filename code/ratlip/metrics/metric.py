@@ -16,8 +16,9 @@ class Scored:
     numbers: Tensor  # (B,) int64 on the CPU: each picture's place among all, whatever process and batch it comes in
     images: Tensor  # (B, 3, H, W) in [-1, 1]
     captions: Sequence[str] | None  # B texts; None where pictures came without
-    sentences: Tensor | None  # (B, E) the captions' embeddings
+    sentences: Tensor | None  # (B, E) the captions' embeddings by the evaluation's CLIP
     features: dict[str, Tensor] = field(default_factory=dict)  # (B, D) float32 by space (metrics/features.py)
+    items: Tensor | None = None  # (B,) int64 on the CPU: whose captions they are, of the test split; None: each its own
 
 
 class Metric(ABC):
@@ -25,7 +26,7 @@ class Metric(ABC):
 
     Args:
         reference: the real pictures in the metric's space; None unless `against_real`.
-        count: pictures that will be scored, over all processes.
+        count: pictures that it will see, over all processes.
     """
 
     names: tuple[str, ...]  # in eval.metrics; each is also the name of a score
@@ -33,6 +34,7 @@ class Metric(ABC):
     space: str | None = None  # the features it reads
     against_real = False  # whether it compares with real pictures
     needs_captions = False
+    of_repeats = False  # whether it reads, in place of single pictures, all those of a caption, one after the other
     totals: list[Tensor]  # their sums over processes are what one process would have
 
     @abstractmethod

@@ -88,15 +88,20 @@ def save(path: Path, reference: Reference, space: Space, protocol: str, pictures
         raise UserError(f"could not write {path} ({error}); earlier files are untouched") from None
 
 
-def outdated(path: Path, expected: dict[str, object]) -> str:
+def outdated(path: Path, expected: dict[str, object], keeps_features: bool = False) -> str:
     """Why a file of statistics that this program wrote does not hold here, in words; "" where it does.
 
     "" too of a file that `load` refuses: one that is damaged, or that another program wrote.
+
+    Args:
+        keeps_features: whether each picture's features are needed.
     """
     try:
         content = _read(path, set(expected))
     except UserError:
         return ""
+    if keeps_features and set(content) == OURS:
+        return "of an earlier version, which kept no picture's features"
     for key, value in expected.items() if set(content) >= OURS else ():
         found = content[key].tolist()
         if key == "pictures" and found != value:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.utils.checkpoint import checkpoint
 
 from ratlip import distributed
@@ -51,15 +50,18 @@ class BatchNorm(nn.BatchNorm2d):
     torch.nn.SyncBatchNorm does this on GPUs only; this does it for any backend, with the gradient through the sums.
     """
 
-    def forward(self, means: Tensor, variances: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, means: Tensor, variances: Tensor, positions: int, samples: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Scale and shift (C,), by the batch; moves the running statistics.
 
         Args:
-            means, variances: (B, C), of the `positions` of each sample's map; of the same B on every process.
+            means, variances: (B, C), of the `positions` of each sample's map.
+            samples: over all processes; None: B is the same on every process.
         """
-        count = len(means) * distributed.world_size()
-        mean = sum_over_processes(means.sum(0)) / count
-        variance = sum_over_processes((variances + (means - mean).square()).sum(0)) / count
+        count = samples or len(means) * distributed.world_size()
+        mean = distributed.sum_with_gradient(means.sum(0)) / count
+        variance = distributed.sum_with_gradient((variances + (means - mean).square()).sum(0)) / count
         with torch.no_grad():
             count *= positions
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
@@ -76,11 +78,6 @@ class BatchNorm(nn.BatchNorm2d):
         return scale, self.bias - mean * scale
 
 
-def sum_over_processes(x: Tensor) -> Tensor:
-    """The sum of every process's x, with the gradient through it."""
-    return x if distributed.world_size() == 1 else all_reduce(x)
-
-
 class Conv(nn.Module):
     """3x3 convolution; GALIP's is plain with a bias, RATLIP's is followed by BatchNorm, LeakyReLU 0.01 and
     (with `attention`) shuffle attention.
@@ -90,13 +87,15 @@ class Conv(nn.Module):
 
     Args:
         style: "galip" or "ratlip".
+        gain: first value of a number, one parameter, that GALIP's is multiplied by; None: of none.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, style: str, attention: bool):
+    def __init__(self, in_channels: int, out_channels: int, style: str, attention: bool, gain: float | None = None):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=style == "galip")
         self.bn = BatchNorm(out_channels) if style == "ratlip" else None
         self.attention = ShuffleAttention(out_channels) if style == "ratlip" and attention else None
+        self.gain = nn.Parameter(torch.tensor(gain)) if gain is not None else None
         self._kept = (None, None)  # what _filters gave, and for which weights
 
     def forward(
@@ -125,6 +124,7 @@ class Conv(nn.Module):
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.conv.weight.is_cuda:
             return self._prepare(doubling)
         parts = [*self.conv.state_dict().values(), *(self.bn.state_dict().values() if self.bn is not None else ())]
+        parts += [self.gain] if self.gain is not None else []
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else parts[0].dtype
         state = doubling, dtype, [(part.data_ptr(), part._version) for part in parts]
         if self._kept[0] != state:
@@ -138,6 +138,8 @@ class Conv(nn.Module):
         if self.bn is not None and not self.training:
             scale, bias = self.bn.running()
             weight = weight * scale[:, None, None, None]
+        if self.gain is not None:
+            weight, bias = self.gain * weight, self.gain * bias
         if self.attention is not None:
             weight, bias = shuffle(weight), bias if bias is None else shuffle(bias)
         return doubling_kernel(weight) if doubling else weight, bias
@@ -204,26 +206,40 @@ class GeneratorBlock(nn.Module):
     """Nearest resize of h, then shortcut(h) + R(h), R = fuse, convolution, fuse, convolution.
 
     The affine layers, the activations and the 1x1 shortcut commute with nearest resizing and run before it.
+
+    Args:
+        style, attention: see Conv.
+        affines: of the block, half of them in each fuse.
+        gain: first value of the one number that weighs R; None: R is not weighed.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, style: str, attention: bool):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        style: str,
+        attention: bool,
+        affines: int = AFFINES_PER_BLOCK,
+        gain: float | None = None,
+    ):
         super().__init__()
         self.conv1 = Conv(in_channels, out_channels, style, attention)
-        self.conv2 = Conv(out_channels, out_channels, style, attention)
+        self.conv2 = Conv(out_channels, out_channels, style, attention, gain)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        self.affine_channels = [in_channels] * 2 + [out_channels] * 2
+        self.affine_channels = [in_channels] * (affines // 2) + [out_channels] * (affines // 2)
 
     def forward(self, x: Sequence[Tensor], size: int, affines: Affines) -> list[Tensor]:
         """Pieces of a batch, (b, C_in, h, h) -> (b, C_out, size, size), in as many pieces or more."""
         elements = self.conv1.conv.out_channels * size**2
         x = pieces(x, elements)
-        first, second = (  # of each piece: gamma, beta, gamma, beta
+        half = len(affines) // 2
+        first, second = (  # of each piece: gamma, beta, gamma, beta, ...
             list(zip(*(tensor.chunk(len(x)) for tensor in flat(pairs)), strict=True))
-            for pairs in (affines[:2], affines[2:])
+            for pairs in (affines[:half], affines[half:])
         )
 
         def between(*tensors: Tensor) -> Tensor:
-            return fuse(self.conv1.finish(*tensors[:-4]), *tensors[-4:])
+            return fuse(self.conv1.finish(*tensors[: -2 * half]), *tensors[-2 * half :])
 
         def add(shortcut: Tensor, *residual: Tensor) -> Tensor:
             return self.conv2.finish(*residual) + resize(shortcut, size)
@@ -233,18 +249,50 @@ class GeneratorBlock(nn.Module):
         return [recomputed(add, [self.shortcut(piece), *own], elements) for piece, own in zip(x, residual, strict=True)]
 
 
+def widths(nf: int, count: int, most: int = 8) -> list[int]:
+    """Channels between `count` blocks, from the image inwards: nf * 1, 2, 4, ... up to nf * most."""
+    return [nf * min(2**i, most) for i in range(count + 1)]
+
+
+def to_images(
+    x: Tensor,
+    blocks: Sequence[GeneratorBlock],
+    sizes: Sequence[int],
+    affines: Sequence[Affines],
+    to_rgb: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Maps x (B, C, g, g) through blocks of these output sides, LeakyReLU 0.2 and a convolution -> (B, 3, S, S)."""
+    pieces_of_x = [x]
+    for block, size, own in zip(blocks, sizes, affines, strict=True):
+        pieces_of_x = block(pieces_of_x, size, own)
+    return torch.cat(
+        [recomputed(lambda x: to_rgb(F.leaky_relu(x, 0.2)), [piece], piece[0].numel()) for piece in pieces_of_x]
+    )
+
+
+def of_blocks(affines: Affines, count: int = AFFINES_PER_BLOCK) -> list[Affines]:
+    """The affine layers of a network -> `count` of them for each block."""
+    return [affines[i : i + count] for i in range(0, len(affines), count)]
+
+
 def flat(affines: Affines) -> list[Tensor]:
     """[(gamma, beta), (gamma, beta)] -> [gamma, beta, gamma, beta]."""
     return [tensor for pair in affines for tensor in pair]
 
 
 class DiscriminatorBlock(nn.Module):
-    """shortcut(x) + gamma * R(x), R = 3x3, LeakyReLU 0.2, 3x3, LeakyReLU 0.2; gamma is one number."""
+    """shortcut(x) + gamma * R(x), R = 3x3, LeakyReLU 0.2, 3x3, LeakyReLU 0.2; gamma is one number.
 
-    def __init__(self, in_channels: int, out_channels: int, gamma: float = 0.0):
+    Args:
+        gamma: its first value.
+        halving: R begins with 4x4, stride 2, and the shortcut's map is averaged over 2x2 positions.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, gamma: float = 0.0, halving: bool = False):
         super().__init__()
+        self.halving = halving
         self.residual = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+            nn.Conv2d(in_channels, out_channels, 3 + halving, 1 + halving, padding=1, bias=False),
             nn.LeakyReLU(0.2),
             nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
             nn.LeakyReLU(0.2),
@@ -253,4 +301,6 @@ class DiscriminatorBlock(nn.Module):
         self.gamma = nn.Parameter(torch.tensor(gamma))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.shortcut(x) + self.gamma * self.residual(x)
+        """x (B, C_in, h, h) -> (B, C_out, h, h), or h / 2 in place of h."""
+        shortcut = self.shortcut(F.avg_pool2d(x, 2) if self.halving else x)  # 1x1: the average may come first
+        return shortcut + self.gamma * self.residual(x)

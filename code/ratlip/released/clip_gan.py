@@ -2,12 +2,10 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ratlip import checkpoint as checkpoint_file
 from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.errors import UserError
 from ratlip.models.blocks import AFFINES_PER_BLOCK
@@ -15,6 +13,7 @@ from ratlip.models.clip_gan.discriminator import Discriminator
 from ratlip.models.clip_gan.generator import MAPPER_BLOCKS, Generator
 from ratlip.released.weights import fill, need, tensors
 
+SYSTEMS = ("GALIP", "RATLIP")
 IMAGE_SIZE = 224  # what their networks draw, whatever the config's imsize says
 GENERATOR_BLOCKS = 6
 # Stored but never used: the frozen CLIP that a netG carries along, and shortcuts of blocks that keep their width.
@@ -22,48 +21,27 @@ UNUSED = re.compile(r"mapping\.CLIP_ViT\.|DBlocks\.\d+\.conv_s\.")
 
 
 def is_released(content: object) -> bool:
-    """Whether a loaded file is laid out like a released GALIP or RATLIP checkpoint."""
+    """Whether a loaded file is laid out like a released GALIP or RATLIP checkpoint, as DF-GAN's are too."""
     return isinstance(content, Mapping) and isinstance(content.get("model"), Mapping)
 
 
-def load_networks(
-    checkpoint: str | Path | Mapping, clip_model: nn.Module, path: str | Path | None = None
-) -> tuple[Generator | None, Discriminator | None, dict]:
+def load_networks(checkpoint: Mapping, clip_model: nn.Module) -> tuple[Generator | None, Discriminator | None, dict]:
     """Build the networks of a released checkpoint, in eval mode on the CPU.
 
     Args:
-        checkpoint: a path, or what torch.load gives for one: {"model": {"netG", "netD", "netC"}, "epoch"}.
+        checkpoint: {"model": {"netG", "netD", "netC"}, "epoch"}.
         clip_model: the CLIP it was trained with, a `clip.model.CLIP` (then read with the released preprocessing)
             or a FrozenClip.
-        path: where the content came from, for messages.
 
     Returns:
         generator: noise (B, Z), sentence (B, E) -> images (B, 3, 224, 224), not clamped. None without netG.
         discriminator: feature maps (B, N, W, g, g), sentence (B, E) -> (B, 1). None unless netD and netC are there.
-        info: system ("GALIP" or "RATLIP"), epoch (or None), imsize, nf, z_dim, cond_dim, d_channels, as far as the
+        info: system (unless there is no netG), epoch (or None), imsize, nf, z_dim, cond_dim, d_channels, as far as the
             file tells.
 
     Raises:
-        UserError: not such a file, keys missing or unknown, or another CLIP; names the first thing wrong.
+        UserError: keys missing or unknown, or another CLIP; names the first thing wrong.
     """
-    if isinstance(checkpoint, str | Path):
-        path, checkpoint = checkpoint, checkpoint_file.read(checkpoint)
-    try:
-        return _networks(checkpoint, clip_model)
-    except UserError as error:
-        raise UserError(f"{path}: {error}" if path else str(error)) from None
-
-
-def describe(info: Mapping) -> str:
-    """What `load_networks` read from a file, in words."""
-    names = [f"{name} {info[name]}" for name in ("nf", "z_dim", "cond_dim", "imsize") if name in info]
-    drawn = f" (draws {IMAGE_SIZE} pixels)" if names else ""
-    return ", ".join([f"released {info.get('system', 'discriminator')}", f"epoch {info['epoch']}", *names]) + drawn
-
-
-def _networks(checkpoint: Mapping, clip_model: nn.Module) -> tuple[Generator | None, Discriminator | None, dict]:
-    if not is_released(checkpoint):
-        raise UserError("not a released GALIP or RATLIP checkpoint: it has no 'model' with netG, netD, netC")
     clip = clip_model if isinstance(clip_model, FrozenClip) else FrozenClip(clip_model, preprocess="released")
     networks = {name: tensors(name, weights) for name, weights in checkpoint["model"].items()}
     net_g, net_d, net_c = (networks.get(name) for name in ("netG", "netD", "netC"))
@@ -97,6 +75,29 @@ def _networks(checkpoint: Mapping, clip_model: nn.Module) -> tuple[Generator | N
     if generator is None and discriminator is None:
         raise UserError(f"the checkpoint's 'model' holds {sorted(networks)}: neither netG nor netD with netC")
     return generator, discriminator, info
+
+
+def describe(info: Mapping) -> str:
+    """What `load_networks` read from a file, in words."""
+    names = [f"{name} {info[name]}" for name in ("nf", "z_dim", "cond_dim", "imsize") if name in info]
+    drawn = f" (draws {IMAGE_SIZE} pixels)" if names else ""
+    return ", ".join([f"released {info.get('system', 'discriminator')}", f"epoch {info['epoch']}", *names]) + drawn
+
+
+def settings(info: Mapping) -> dict:
+    """The settings of ours that networks of `load_networks` have, flat."""
+    found = {
+        "model.name": info["system"].lower(),
+        "model.imsize": IMAGE_SIZE,
+        "model.nf": info["nf"],
+        "model.z_dim": info["z_dim"],
+        "clip.preprocess": "released",
+    }
+    if info["system"] == "RATLIP":
+        found["model.rat.state"] = "independent"
+    if "d_channels" in info:
+        found["model.d_channels"] = info["d_channels"]
+    return found
 
 
 def read_settings(net_g: Mapping[str, Tensor]) -> dict:

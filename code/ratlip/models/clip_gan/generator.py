@@ -3,11 +3,10 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ratlip.encoders.clip_towers import FrozenClip
-from ratlip.models.blocks import AFFINES_PER_BLOCK, GeneratorBlock, MapperBlock, recomputed
+from ratlip.models.blocks import AFFINES_PER_BLOCK, GeneratorBlock, MapperBlock, of_blocks, to_images, widths
 from ratlip.models.rat import Conditioner
 
 MAPPER_CHANNELS = 64
@@ -47,7 +46,7 @@ class Generator(nn.Module):
         self._clip = (clip,)
         self.noise_dim = noise_dim
         self.sizes = block_sizes(imsize)
-        channels = [nf * min(2**i, 8) for i in range(len(self.sizes), -1, -1)]
+        channels = widths(nf, len(self.sizes))[::-1]
         style = (name, shuffle_attention)
         self.fc_code = nn.Linear(noise_dim, MAPPER_CHANNELS * clip.grid**2)
         self.mapper_blocks = nn.ModuleList(MapperBlock(MAPPER_CHANNELS, *style) for _ in range(MAPPER_BLOCKS))
@@ -73,21 +72,15 @@ class Generator(nn.Module):
 
         There is no final squashing: images are trained towards [-1, 1] and clamped when shown or scored.
         """
-        affines = self.conditioner(noise, sentence)
-        affines = [affines[i : i + AFFINES_PER_BLOCK] for i in range(0, len(affines), AFFINES_PER_BLOCK)]
+        affines = of_blocks(self.conditioner(noise, sentence))
 
         x = self.fc_code(noise).view(len(noise), MAPPER_CHANNELS, self.clip.grid, self.clip.grid)
         for block, own in zip(self.mapper_blocks, affines[:MAPPER_BLOCKS], strict=True):
             x = block(x, own)
         features = self.conv_fuse(x)  # (B, W, g, g)
         prompts = self.fc_prompt(torch.cat([noise, sentence], dim=1)).unflatten(1, (-1, self.clip.width))
-        x = [self.conv(features + 0.1 * self.clip.mapper(features, prompts))]  # (B, 8 nf, g, g), in one piece
-
-        for block, size, own in zip(self.blocks, self.sizes, affines[MAPPER_BLOCKS:], strict=True):
-            x = block(x, size, own)
-        return torch.cat(
-            [recomputed(lambda x: self.to_rgb(F.leaky_relu(x, 0.2)), [piece], piece[0].numel()) for piece in x]
-        )
+        x = self.conv(features + 0.1 * self.clip.mapper(features, prompts))  # (B, 8 nf, g, g)
+        return to_images(x, self.blocks, self.sizes, affines[MAPPER_BLOCKS:], self.to_rgb)
 
 
 def block_sizes(imsize: int) -> list[int]:
