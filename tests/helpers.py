@@ -12,6 +12,8 @@ import torch
 from data import fill
 from torchvision.models import inception_v3
 
+from ratlip.config import unread_settings
+
 ROOT = Path(__file__).resolve().parents[1]
 SALT = "developers"
 # A thousandth of the demo: one evaluation at each end, a few steps between.
@@ -26,6 +28,11 @@ TINY_RUN = (
     "data.num_workers=0",
     "clip.feature_blocks=null",
 )
+
+
+def tiny_run(system: str) -> list[str]:
+    """TINY_RUN, as far as a system reads it."""
+    return [word for word in TINY_RUN if word.split("=")[0] not in unread_settings(system)]
 
 
 def released_weights(name: str) -> dict[str, torch.Tensor]:

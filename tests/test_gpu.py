@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_RUN, watch_gradients
+from helpers import tiny_run, watch_gradients
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -161,7 +161,9 @@ def ready(demo_folder, clip_file, tmp_path_factory):
     def ready(*words: str):
         few = ("data.layout=folder", f"data.dir={demo_folder}", "model.imsize=16", "train.device=cpu")
         places = (f"log.dir={folder}/logs", f"log.save_dir={folder}/saved", f"clip.weights={clip_file}")
-        made = prepare(config.load("cfg/demo.yml", [*TINY_RUN, *few, *places, "eval.metrics=[clip_score]", *words]))
+        system = next((word.split("=")[1] for word in words if word.startswith("model.name=")), "ratlip")
+        own = [*tiny_run(system), *few, *places, "eval.metrics=[clip_score]", *words]
+        made = prepare(config.load("cfg/demo.yml", own))
         made[0].generator.train()
         return made
 
@@ -169,7 +171,12 @@ def ready(demo_folder, clip_file, tmp_path_factory):
 
 
 EVERYTHING = ("train.augment_shift=0.1", "train.augment_brightness=0.1", "train.clip_grad=1.0", "model.d_whiten=true")
-VARIANTS = [(*EVERYTHING, "train.precision=bf16"), ("model.name=galip", "model.d_whiten=false", "train.precision=fp16")]
+VARIANTS = [
+    (*EVERYTHING, "train.precision=bf16"),
+    ("model.name=galip", "model.d_whiten=false", "train.precision=fp16"),
+    ("model.name=dfgan", "model.imsize=32", "train.ema=0.9", "train.precision=bf16"),
+    ("model.name=ratgan", "model.imsize=32", "train.ema=0.9", "ratgan.attention=true", "train.precision=fp16"),
+]
 
 
 @pytest.mark.parametrize("words", [*VARIANTS, EVERYTHING])

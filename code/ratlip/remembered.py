@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from easydict import EasyDict
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ratlip import device as devices
@@ -20,7 +20,6 @@ from ratlip.data.layouts import open_plain
 from ratlip.data.loader import TestImages, fitted, picture_batches, to_bytes, to_floats
 from ratlip.evaluation import Evaluator, Scorer
 from ratlip.metrics.features import ClipSpace
-
 from ratlip.pictures import captioned_grid
 
 SHOWN = 64  # pictures

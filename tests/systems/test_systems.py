@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, TINY_RUN
+from helpers import ROOT, tiny_run
 
 from ratlip import checkpoint, config
 from ratlip.data.loader import to_floats
@@ -15,7 +15,6 @@ from ratlip.sampling import generate, noise_of
 from ratlip.systems import SYSTEMS
 from ratlip.trainer import prepare, restore, save, train_step
 
-COMMON = [word for word in TINY_RUN if not word.startswith(("model.d_channels", "clip.feature_blocks"))]
 # Residual branches that begin at 0 would hide what is in them.
 MORE = {
     "ratlip": ("model.d_channels=16", "model.d_start=1.0", "train.augment_shift=0.1", "train.augment_brightness=0.1"),
@@ -31,7 +30,7 @@ def words(request, demo_folder, clip_file, tmp_path):
     few = ("data.layout=folder", f"data.dir={demo_folder}", "model.imsize=32", "eval.metrics=[clip_score]")
     places = (f"log.dir={tmp_path}/logs", f"log.save_dir={tmp_path}/saved", f"clip.weights={clip_file}")
     more = (*few, *places, "train.device=cpu", "train.max_epoch=2", f"model.name={request.param}")
-    return [*COMMON, *more, *MORE[request.param]]
+    return [*tiny_run(request.param), *more, *MORE[request.param]]
 
 
 @pytest.fixture
