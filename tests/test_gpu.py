@@ -207,8 +207,9 @@ def test_a_step_stays_on_the_gpu_and_in_its_precision(ready, gpu, words):
     assert states and all(value.device == gpu.device for state in states for value in state.values())
     low = torch.bfloat16 if training.precision == "bf16" else torch.float16
     assert never_wait.seen["convolutions"] == {low}
-    # The LSTM is computed in float32. (So is attention, where no GPU's own is found: by bmm, which is not looked at.)
-    assert never_wait.seen["products"] == ({low} if training.settings.precision == "fp16" else {low, torch.float32})
+    # LSTMs are computed in float32. (So is attention, where no GPU's own is found: by bmm, which is not looked at.)
+    recurrent = any(training.generator.conditioner.recurrent)
+    assert never_wait.seen["products"] == ({low, torch.float32} if recurrent else {low})
     assert all(p.dtype == torch.float32 for net in (training.generator, training.ema) for p in net.parameters())
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -368,3 +369,31 @@ def test_another_activation_is_another_order(call, tmp_path):
         result = call("sample.py", "cfg/demo.yml", "a small red star", "--n", 1, "--out", tmp_path / "out", *words)
         assert result.returncode == 0, result.stderr
         assert f"1 picture in {tmp_path / folder}," in result.stdout
+
+
+def test_a_released_dfgan_with_its_encoder(call, tmp_path):
+    """README's words; without the encoder the answer says what to set."""
+    networks = {name: released_weights(f"dfgan64.{name}") for name in ("netG", "netD")}
+    torch.save({"model": {**networks, "netC": released_weights("dfgan.netC")}, "epoch": 1220}, tmp_path / "state.pth")
+    torch.save(released_weights("damsm.text"), tmp_path / "text_encoder200.pth")
+    words = ["<end>", "small", "red", "bird", *(f"word{number}" for number in range(4, 5450))]
+    content = [[[1]], [[1]], dict(enumerate(words)), {word: number for number, word in enumerate(words)}]
+    (tmp_path / "captions.pickle").write_bytes(pickle.dumps(content, protocol=2))
+    order = [
+        "cfg/demo.yml",
+        "a small red bird",
+        "--checkpoint",
+        tmp_path / "state.pth",
+        "--n",
+        1,
+        "--out",
+        tmp_path / "o",
+    ]
+    pair = [f"text.weights={tmp_path}/text_encoder200.pth", f"text.vocabulary={tmp_path}/captions.pickle"]
+    result = call("sample.py", *order, "model.name=dfgan", "text.encoder=damsm", *pair)
+    assert result.returncode == 0 and "released DF-GAN, epoch 1220" in result.stdout, result.stderr
+    (picture,) = (tmp_path / "o").glob("*.png")
+    assert Image.open(picture).size == (64, 64)
+    assert_refused(call("sample.py", *order), "sentence vectors of 256", "model.name=dfgan text.encoder=damsm")
+    result = call("sample.py", *order, "model.name=dfgan", "text.encoder=damsm", pair[0])
+    assert_refused(result, "captions_DAMSM.pickle", "captions.pickle", "text_encoder200.pth", "text.encoder=clip")

@@ -71,7 +71,7 @@ class Course:
             if failure is None:
                 self.draw()
         else:
-            distributed.say(f"\n{scores_table(self.scores)}\n")
+            distributed.say(f"\n{scores_table(self.scores, self.evaluator.protocols)}\n")
             self.monitor.hparams(self.scores["end"])
             self.draw()
         finally:
