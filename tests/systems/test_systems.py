@@ -86,6 +86,19 @@ def test_a_picture_does_not_depend_on_its_batch(make):
     assert float((together[0] - together[1]).abs().max()) > 1e-3 and together.shape == (4, 3, 32, 32)
 
 
+def test_pictures_are_of_the_present_weights(make):
+    """What a generator keeps for drawing does not outlive a step; a second one of the same weights has kept nothing."""
+    t, batches, resolved = make()
+    noise, sentences = noise_of(t.generator, 0, range(2)), t.sentences[:2]
+    before = generate(t.generator.eval(), noise, sentences)
+    t.generator.train()
+    train_step(t, batches[0])
+    after = generate(t.generator.eval(), noise, sentences)
+    fresh = SYSTEMS[resolved.model.name].make_generator(resolved, t.system.clip, t.encoder)
+    fresh.load_state_dict(t.generator.state_dict())
+    assert torch.equal(after, generate(fresh.eval(), noise, sentences)) and not torch.equal(before, after)
+
+
 def test_going_on_from_a_checkpoint_is_going_on(make, tmp_path):
     whole, batches, resolved = make()
     for batch in batches[:2]:

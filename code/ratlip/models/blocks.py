@@ -118,6 +118,11 @@ class Conv(nn.Module):
         norm = [(shuffle(v) if shuffled else v).to(x[0].dtype)[:, None, None] for v in norm]
         return [[piece, *norm] for piece in x]
 
+    def train(self, mode: bool = True) -> "Conv":
+        """As nn.Module's. What is kept goes: fused optimisers change weights and leave no trace of it."""
+        self._kept = (None, None)
+        return super().train(mode)
+
     def _filters(self, doubling: bool) -> tuple[Tensor, Tensor | None]:
         """What `_prepare` gives. For sampling on a CPU it is kept until the weights change: making it takes a sixth of
         the time of a single image."""
