@@ -423,3 +423,25 @@ def test_sampling_names_what_it_would_need(write):
     cfg = write("with space.yml")
     with pytest.raises(UserError, match=r"bash scripts/train.sh '.*with space.yml'"):
         sampling.find_checkpoint(config.load(cfg))
+
+
+def test_systems_of_one_file_keep_apart(write, train, call, tmp_path):
+    """On disk, in what is newest, in going on; the file may have been a RATLIP's when a word chose a DF-GAN."""
+    cfg = write("x.yml", **{"model.imsize": 32})
+    text = [line for line in cfg.read_text().splitlines() if "d_channels" not in line and "feature_blocks" not in line]
+    cfg.write_text("\n".join(text))
+    _, ratlip = train(cfg, "train.max_epoch=1", "model.d_channels=16")
+    _, dfgan = train(cfg, "train.max_epoch=1", "model.name=dfgan")
+    assert (ratlip.parent.name, dfgan.parent.name) == ("x", "x_dfgan")
+    draw = ("--n", 1, "--device", "cpu")
+    for words, name in (((), "ratlip"), (("model.name=dfgan",), "dfgan")):
+        result = call("sample.py", cfg, "a star", *words, *draw, "--out", tmp_path / name)
+        assert f"{name}, epoch 1" in result.stdout, result.stderr
+    assert "ratlip, epoch 1" in call("sample.py", ratlip, "a star", *draw, "--out", tmp_path / "r").stdout
+    printed, again = train(cfg, "train.max_epoch=2", "train.resume=auto")
+    assert again == ratlip and "ratlip on cpu" in printed
+    printed, again = train(dfgan, "train.max_epoch=2", "train.resume=auto")
+    assert again == dfgan and "dfgan on cpu" in printed
+    assert_refused(call("train.py", dfgan, "train.resume=auto", "model.name=ratgan", "train.max_epoch=3"), "model.name")
+    result = call("sample.py", cfg, "a star", "model.name=galip", *draw)
+    assert_refused(result, "nothing has been trained")
