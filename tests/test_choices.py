@@ -296,7 +296,7 @@ rank = int(os.environ["RANK"])
 device.has_bf16_routines = lambda: True
 choices.fastest = lambda ways, seconds: (list(ways)[rank], f"by {rank}")  # each process finds another
 training, _, _, evaluator = prepare(config.load(sys.argv[2], sys.argv[3:]))
-found = [training.precision, evaluator.precision, training.settings.precision, training.clip.products]
+found = [training.precision, evaluator.precision, training.settings.precision, training.system.clip.products]
 open(f"{sys.argv[1]}/{rank}.json", "w").write(json.dumps([*found, training.measured]))
 """
 

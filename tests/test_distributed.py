@@ -41,7 +41,7 @@ network = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 4), nn.Linear(4, 1))
 network[1].requires_grad_(False)
 for number, parameter in enumerate(p for p in network.parameters() if p.requires_grad):
     parameter.grad = torch.arange(float(parameter.numel())).view_as(parameter) * (rank + 1) + 100 * number
-guard = Guard([], [], torch.device("cpu"))
+guard = Guard({}, [], torch.device("cpu"))
 guard.begin()
 guard.watch(torch.tensor(float("nan" if rank else 1)))  # of one of them alone
 distributed.mean_gradients(network, guard.bad)
@@ -193,7 +193,7 @@ def finished(process: subprocess.Popen, code: int = 0) -> str:
 
 
 def state(folder: Path, name: str) -> dict:
-    (path,) = folder.glob(f"saved/demo/*/{name}")
+    (path,) = folder.glob(f"saved/demo*/*/{name}")
     return checkpoint.read(path)
 
 

@@ -82,7 +82,15 @@ def test_every_script_and_entry_point_is_among_these():
     scripts = {path.name for path in (ROOT / "scripts").iterdir()}
     assert scripts == set(EVERY)
     entries = {path.name for path in (ROOT / "code").glob("*.py")}
-    assert entries == {"train.py", "prepare.py", "sample.py", "test.py", "convert.py", "train_demo_clip.py"}
+    assert entries == {
+        "train.py",
+        "prepare.py",
+        "sample.py",
+        "test.py",
+        "convert.py",
+        "pretrain.py",
+        "train_demo_clip.py",
+    }
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
