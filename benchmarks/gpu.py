@@ -82,7 +82,7 @@ def birds(smoke: bool) -> Training:
     ema.load_state_dict(system.generator.state_dict())
     ema.eval().requires_grad_(False)
     sentences = torch.randn(1000, clip.embedding_dim, device=place)
-    return Training(settings.train, system, ema, sentences, "bf16", 10**6)
+    return Training(system, ema, sentences, "bf16", 10**6)
 
 
 def batch_of(training: Training, count: int) -> Batch:

@@ -313,7 +313,7 @@ def ours_work(words, clip, generator, discriminator, noise, sentences, images) -
     settings.compile = words.compile
     settings.lr_g = settings.lr_d = 0.0  # that no round differs from another
     system = ClipGan(settings, clip, generator.train(), discriminator)
-    training = Training(settings, system, None, sentences, words.precision, 10**9)
+    training = Training(system, None, sentences, words.precision, 10**9)
     rows = torch.arange(len(noise), device=noise.device)
     batch = Batch(images, rows, rows.roll(1))
     return lambda: train_step(training, batch)

@@ -56,7 +56,7 @@ def main() -> None:
         system.networks["discriminator"].load_state_dict(discriminator.state_dict())
 
     # The averaged weights begin as the weights themselves: a released file holds one set.
-    t = Training(resolved.train, system, system.generator, torch.empty(0), "fp32", total_steps=1, encoder=reader)
+    t = Training(system, system.generator, torch.empty(0), "fp32", total_steps=1, encoder=reader)
     t.epoch = info["epoch"] if isinstance(info["epoch"], int) else 0
     save(t, resolved, {}, 0, words.target)
     print(f"{words.source}: {released.describe(info)}\n{words.target}: the same as one of ours")

@@ -14,10 +14,7 @@ def main() -> None:
         "Training does all this by itself when it begins, except --resize.",
         epilog="example:\n  bash scripts/prepare.sh cfg/bird.yml --resize data.num_workers=8",
     )
-    parser.add_argument("config", help="a YAML file such as cfg/bird.yml")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="settings stronger than the file's"
-    )
+    commandline.add_settings(parser)
     parser.add_argument(
         "--resize",
         action="store_true",

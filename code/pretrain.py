@@ -16,12 +16,7 @@ def main() -> None:
         epilog="examples:\n  bash scripts/pretrain.sh cfg/bird.yml\n"
         "  bash scripts/pretrain.sh cfg/demo.yml damsm.max_epoch=4 run=first-try",
     )
-    parser.add_argument(
-        "config", help="a YAML file such as cfg/demo.yml, or a run's folder; cfg/default.yml explains every key"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="settings stronger than the file's"
-    )
+    commandline.add_settings(parser)
     words, more = commandline.parse(parser)
     overrides = words.overrides + more
 

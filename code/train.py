@@ -17,12 +17,7 @@ def main() -> None:
         epilog="examples:\n  bash scripts/train.sh cfg/demo.yml\n"
         "  GPUS=2 bash scripts/train.sh cfg/bird.yml train.batch_size=128 train.seed=1",
     )
-    parser.add_argument(
-        "config", help="a YAML file such as cfg/demo.yml, or a run's folder; cfg/default.yml explains every key"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="settings stronger than the file's"
-    )
+    commandline.add_settings(parser)
     words, more = commandline.parse(parser)
     # scripts/resume.sh's state_epoch=120 picks the checkpoint of an epoch
     overrides = [re.sub("^state_epoch=", "train.resume=", word) for word in words.overrides + more]

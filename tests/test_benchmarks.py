@@ -83,7 +83,7 @@ def ours(small, monkeypatch) -> tuple[Training, Batch, torch.Tensor, torch.Tenso
     settings = config.EasyDict(config.unflatten(config.default_settings())).train
     settings.lr_g = settings.lr_d = 0.0
     system = ClipGan(settings, clip, generator.double().train(), discriminator.double())
-    training = Training(settings, system, None, clip.text(tokens)[0], "fp32", 10)
+    training = Training(system, None, clip.text(tokens)[0], "fp32", 10)
     noise = torch.randn(2, 100, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     draws = {"noise": noise, "augment_real": torch.zeros(2, 3), "augment_fake": torch.zeros(2, 3)}
     monkeypatch.setattr("ratlip.trainer.randomness", lambda t, share: draws)

@@ -66,7 +66,7 @@ def test_training_can_go_on_from_it(converted, vitb32, fixtures):
     again = config.load("cfg/bird.yml", words)
     stored = {key: value for key, value in content["config"].items() if key.startswith(("model.", "clip."))}
     assert {key: config.flatten(again)[key] for key in stored} == stored
-    t = Training(again.train, ClipGan.build(again, vitb32, vitb32), None, torch.empty(0), "fp32", 1)
+    t = Training(ClipGan.build(again, vitb32, vitb32), None, torch.empty(0), "fp32", 1)
     for name, network in t.networks.items():
         network.load_state_dict(content[name])
         t.optimizers[name].load_state_dict(content["optimizers"][name])

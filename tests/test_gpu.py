@@ -132,7 +132,7 @@ class Gpu:
         sentences = self.tensor(t.sentences)
         t.system.state = {name: self.tensor(value) for name, value in t.system.state.items()}
         with self.fake:
-            return Training(t.settings, t.system, t.ema, sentences, t.precision, t.total_steps)
+            return Training(t.system, t.ema, sentences, t.precision, t.total_steps)
 
     def _send(self, tensor: Tensor, place: torch.device) -> Tensor:
         if not isinstance(tensor, FakeTensor):

@@ -445,3 +445,28 @@ def test_systems_of_one_file_keep_apart(write, train, call, tmp_path):
     assert_refused(call("train.py", dfgan, "train.resume=auto", "model.name=ratgan", "train.max_epoch=3"), "model.name")
     result = call("sample.py", cfg, "a star", "model.name=galip", *draw)
     assert_refused(result, "nothing has been trained")
+
+
+def test_a_run_of_before_there_were_systems_goes_on_as_it_was(write, train, tmp_path, monkeypatch):
+    """Its file said what the system's file says now, and its checkpoints named the optimisers otherwise."""
+    place = tmp_path / "systems"
+    shutil.copytree(config.SYSTEMS, place)
+    cfg = write("x.yml", **{"train.lr_g": 5e-4})
+    _, run = train(cfg, "train.max_epoch=2", STOP)
+    (path,) = run.glob("state*.pth")
+    content = checkpoint.read(path)
+    for name, tag in (("generator", "g"), ("discriminator", "d")):
+        content[f"optimizer_{tag}"] = content["optimizers"][name]
+    for key in ("optimizers", "state", "text"):
+        del content[key]
+    torch.save(content, path)
+    cfg = write("x.yml")
+    with (place / "ratlip.yml").open("a") as file:
+        file.write("\nfolder:\n  train: {lr_g: 5.0e-4}\n")
+    monkeypatch.setattr(config, "SYSTEMS", place)
+    printed, again = train(cfg, "train.max_epoch=2", "train.resume=auto")
+    assert again == run and "train.lr_g" not in printed
+    after = checkpoint.read(run / "state_epoch_002.pth")
+    assert after["config"]["train.lr_g"] == 5e-4 and after["step"] == 6
+    counts = {float(state["step"]) for state in after["optimizers"]["generator"]["state"].values()}
+    assert counts == {6.0}

@@ -20,6 +20,7 @@ from scipy.stats import norm, truncnorm
 
 from ratlip import checkpoint, config
 from ratlip.encoders.clip_towers import load_clip
+from ratlip.encoders.damsm import Vocabulary
 from ratlip.errors import UserError
 from ratlip.models.clip_gan.generator import Generator
 from ratlip.sampling import (
@@ -371,12 +372,14 @@ def test_another_activation_is_another_order(call, tmp_path):
         assert f"1 picture in {tmp_path / folder}," in result.stdout
 
 
-def test_a_released_dfgan_with_its_encoder(call, tmp_path):
+def test_a_released_dfgan_with_its_encoder(call, demo_folder, tmp_path):
     """README's words; without the encoder the answer says what to set."""
     networks = {name: released_weights(f"dfgan64.{name}") for name in ("netG", "netD")}
     torch.save({"model": {**networks, "netC": released_weights("dfgan.netC")}, "epoch": 1220}, tmp_path / "state.pth")
     torch.save(released_weights("damsm.text"), tmp_path / "text_encoder200.pth")
-    words = ["<end>", "small", "red", "bird", *(f"word{number}" for number in range(4, 5450))]
+    captions = [path.read_text() for path in demo_folder.rglob("text/**/*.txt")]
+    words = Vocabulary.of(["a small red bird", *captions]).words
+    words += [f"word{number}" for number in range(len(words), 5450)]
     content = [[[1]], [[1]], dict(enumerate(words)), {word: number for number, word in enumerate(words)}]
     (tmp_path / "captions.pickle").write_bytes(pickle.dumps(content, protocol=2))
     order = [
@@ -394,6 +397,12 @@ def test_a_released_dfgan_with_its_encoder(call, tmp_path):
     assert result.returncode == 0 and "released DF-GAN, epoch 1220" in result.stdout, result.stderr
     (picture,) = (tmp_path / "o").glob("*.png")
     assert Image.open(picture).size == (64, 64)
+    few = ("data.layout=folder", f"data.dir={demo_folder}", "eval.samples=2", "eval.metrics=[clip_score]")
+    scored = ("cfg/demo.yml", tmp_path / "state.pth", "model.name=dfgan", "text.encoder=damsm", *pair, *few)
+    result = call("test.py", *scored, f"log.dir={tmp_path}/logs")
+    assert result.returncode == 0 and "released DF-GAN" in result.stdout and "clip_score" in result.stdout, (
+        result.stderr
+    )
     assert_refused(call("sample.py", *order), "sentence vectors of 256", "model.name=dfgan text.encoder=damsm")
     result = call("sample.py", *order, "model.name=dfgan", "text.encoder=damsm", pair[0])
     assert_refused(result, "captions_DAMSM.pickle", "captions.pickle", "text_encoder200.pth", "text.encoder=clip")

@@ -1,6 +1,5 @@
 """Checkpoint files: written beside and renamed, read without ever running what is inside."""
 
-import codecs
 import functools
 import os
 import pickle
@@ -10,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from ratlip import distributed
+from ratlip import distributed, inert
 from ratlip.errors import UserError, first_line
 from ratlip.paths import full
 
@@ -67,23 +65,6 @@ def read(path: str | Path, mmap: bool = False) -> dict:
     return content
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Builds plain containers, texts, numbers and NumPy's arrays of numbers; what would import code is refused."""
-
-    ARRAYS = {
-        "_reconstruct": np.zeros(0).__reduce__()[0],
-        "scalar": np.float64(0).__reduce__()[0],
-        "ndarray": np.ndarray,
-        "dtype": np.dtype,
-        "encode": codecs.encode,  # of an array's bytes, where Python 3 writes for Python 2
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "_codecs") and name in self.ARRAYS:
-            return self.ARRAYS[name]
-        raise pickle.UnpicklingError(f"asks for {module}.{name}")
-
-
 def read_pickle(path: Path) -> Any:
     """The plain containers, texts, numbers and arrays of them in a pickle, as data sets have them; Python 2's byte
     strings as Latin-1.
@@ -94,11 +75,9 @@ def read_pickle(path: Path) -> Any:
     """
     try:
         with open(path, "rb") as file:
-            return _PlainUnpickler(file, encoding="latin-1").load()
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # a broken pickle can fail in any way
-        raise UserError(f"{path}: no pickle of plain lists and texts, refused ({first_line(error)})") from None
+            return inert.load(file, inert.ARRAYS, encoding="latin-1")
+    except UserError as error:
+        raise UserError(f"{path}: no pickle of plain lists and texts: {error}") from None
 
 
 def _read_safetensors(path: Path) -> OrderedDict:

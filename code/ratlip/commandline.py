@@ -29,6 +29,16 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str
     return arguments, given[end + 1 :]
 
 
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The two words of a program that a configuration drives: its file and what is stronger than that."""
+    parser.add_argument(
+        "config", help="a YAML file such as cfg/demo.yml, or a run's folder; cfg/default.yml explains every key"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings stronger than the file's"
+    )
+
+
 def options(parser: argparse.ArgumentParser) -> list[str]:
     """The names of a parser's options, without their dashes."""
     return [action.dest for action in parser._actions if action.option_strings]

@@ -121,7 +121,8 @@ def check(config: EasyDict, content: dict, clip: FrozenClip, encoder: TextEncode
     """
     now = configuration.settings_of(config)
     then = {**configuration.default_settings(), **_chosen(content["config"], config)}
-    changed = [key for key in now if key in then and now[key] != then[key] and key not in configuration.OF_A_START]
+    elsewhere = {key for key in now if key in configuration.OF_A_START or key.startswith("damsm.")}  # pretraining's
+    changed = [key for key in now if key in then and now[key] != then[key] and key not in elsewhere]
     for key in changed:
         if FIXED.match(key):
             raise UserError(

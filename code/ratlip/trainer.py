@@ -41,7 +41,6 @@ TAGS = {"generator": "g", "discriminator": "d"}  # in logs, and in checkpoints o
 class Training:
     """Everything that a step changes, and what it reads."""
 
-    settings: EasyDict  # the config's train group
     system: System
     ema: nn.Module | None  # averaged generator
     sentences: Tensor  # (R, E) embeddings of all training captions, on the device
@@ -80,6 +79,11 @@ class Training:
     def device(self) -> torch.device:
         """Where all of it is."""
         return self.sentences.device
+
+    @property
+    def settings(self) -> EasyDict:
+        """The configuration's train group."""
+        return self.system.settings
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -122,7 +126,6 @@ def train_step(t: Training, batch: Batch, draws: dict[str, Tensor] | None = None
         sentences=t.sentences[batch.rows],
         wrong=t.sentences[batch.mismatched_rows],
         draws=randomness(t, len(batch.images)) if draws is None else draws,
-        number=t.step,
         scale=t.scaler.scale(torch.ones((), device=batch.images.device)),  # scaler.get_scale() would read it
         watched=[],
         moved={},
@@ -250,7 +253,7 @@ def prepare(config: EasyDict) -> tuple[Training, EpochBatches, DataLoader, Evalu
     # What was chosen is a setting from here on: the run goes on with it, whatever would be faster then.
     config.train.precision, config.clip.products = precision, clip.products
     total_steps = len(batches) * config.train.max_epoch
-    training = Training(config.train, system, ema, sentences.to(place), precision, total_steps, encoder)
+    training = Training(system, ema, sentences.to(place), precision, total_steps, encoder)
     training.measured = measured
     return training, batches, loader, evaluator
 

@@ -112,7 +112,7 @@ def test_a_vocabulary_of_python_2(tmp_path):
     path.write_bytes(b"\x80\x02](]]}" + words + b"}(U\x05<end>K\x00U\x04caf\xe9K\x01ue.")
     assert Vocabulary.read(path).words == ["<end>", "café"]
     path.write_bytes(pickle.dumps([[], [], {0: "<end>", 1: Path("run")}, {}]))
-    with pytest.raises(UserError, match=r"captions.pickle: no pickle of plain .* refused \(asks for pathlib"):
+    with pytest.raises(UserError, match=r"captions.pickle: no pickle of plain .* refused: it asks for pathlib"):
         Vocabulary.read(path)
 
 

@@ -31,7 +31,7 @@ def training(prefix: str, size: int, sentences: torch.Tensor) -> Training:
         made = load_networks({**weights, **still}, None)[0], load_networks(released_weights("ratgan.netD"), None)[1]
     settings = config.EasyDict(config.unflatten(config.base_settings("dfgan", "bird"))).train
     system = DfGan(settings, None, *(network.to(sentences.dtype).train() for network in made))
-    return Training(settings, system, None, sentences, "fp32", 10**9)
+    return Training(system, None, sentences, "fp32", 10**9)
 
 
 def released_norms(found: dict[str, torch.Tensor], names: dict[str, str], shapes: dict) -> list[float]:

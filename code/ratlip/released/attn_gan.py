@@ -12,7 +12,7 @@ from ratlip import checkpoint as checkpoint_file
 from ratlip.errors import UserError
 from ratlip.models.attn_gan.discriminator import Discriminator
 from ratlip.models.attn_gan.generator import Generator
-from ratlip.released.weights import fill, need, tensors
+from ratlip.released.weights import fill, need, renamed, tensors
 
 SYSTEMS = ("AttnGAN",)
 UNUSED = re.compile("(?!)")  # of what these files hold everything has a part in the results
@@ -211,7 +211,8 @@ def _generator_key(key: str) -> str:
     key = re.sub(r"^stages\.(\d+)", lambda found: f"h_net{int(found[1]) + 2}", key)
     key = re.sub(r"^to_rgb\.(\d+)", lambda found: f"img_net{int(found[1]) + 1}.img.0", key)
     key = re.sub(r"^first\.ups\.(\d+)", lambda found: f"h_net1.upsample{int(found[1]) + 1}", key)
-    for pattern, theirs in (
+    return renamed(
+        key,
         (r"^augmentation\.", "ca_net."),
         (r"^first\.fc\.", "h_net1.fc.0."),
         (r"^first\.bn\.", "h_net1.fc.1."),
@@ -223,9 +224,7 @@ def _generator_key(key: str) -> str:
         (r"\.up\.", ".upsample."),
         (r"\.(upsample\d*)\.conv\.", r".\1.1."),
         (r"\.(upsample\d*)\.bn\.", r".\1.2."),
-    ):
-        key = re.sub(pattern, theirs, key)
-    return key
+    )
 
 
 def _critic_key(key: str, halvings: int) -> str:
@@ -238,12 +237,11 @@ def _critic_key(key: str, halvings: int) -> str:
         return f"img_code_s{2 ** (number + 2)}.{part}.{layer[3]}"
     if layer := re.fullmatch(r"narrowing\.(\d+)\.(conv|bn)\.(\w+)", key):
         return f"img_code_s{2**halvings}_{int(layer[1]) + 1}.{parts[layer[2]]}.{layer[3]}"
-    for pattern, theirs in (
+    return renamed(
+        key,
         (r"^first\.", "img_code_s16.0."),
         (r"^joint\.conv\.", "COND_DNET.jointConv.0."),
         (r"^joint\.bn\.", "COND_DNET.jointConv.1."),
         (r"^conditional\.", "COND_DNET.outlogits.0."),
         (r"^unconditional\.", "UNCOND_DNET.outlogits.0."),
-    ):
-        key = re.sub(pattern, theirs, key)
-    return key
+    )

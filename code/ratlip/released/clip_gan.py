@@ -11,7 +11,7 @@ from ratlip.errors import UserError
 from ratlip.models.blocks import AFFINES_PER_BLOCK
 from ratlip.models.clip_gan.discriminator import Discriminator
 from ratlip.models.clip_gan.generator import MAPPER_BLOCKS, Generator
-from ratlip.released.weights import fill, need, tensors
+from ratlip.released.weights import fill, need, renamed, tensors
 
 SYSTEMS = ("GALIP", "RATLIP")
 IMAGE_SIZE = 224  # what their networks draw, whatever the config's imsize says
@@ -134,7 +134,8 @@ def _generator_key(key: str, galip: bool) -> str:
         return f"{block}.fc_{kind}.{layer if recurrent else named[layer]}.{leaf}"
     if lstm := re.fullmatch(r"conditioner\.lstms\.(\d+)\.(\w+)", key):
         return f"{_affine_prefix(int(lstm[1]))}.rnn.{lstm[2]}_l0"
-    for pattern, theirs in (
+    key = renamed(
+        key,
         (r"^mapper_blocks\.", "mapping.FBlocks."),
         (r"^blocks\.", "GBlocks."),
         (r"^(conv_fuse|conv|fc_prompt)\.", r"mapping.\1."),
@@ -143,8 +144,7 @@ def _generator_key(key: str, galip: bool) -> str:
         (r"\.shortcut\.", ".c_sc."),
         (r"\.attention\.norm_", ".se.gn."),
         (r"\.attention\.", ".se."),
-    ):
-        key = re.sub(pattern, theirs, key)
+    )
     return re.sub(r"\.(c1|c2|conv2)\.conv\.", r".\1.", key) if galip else key
 
 
@@ -159,11 +159,10 @@ def _affine_prefix(index: int) -> str:
 
 def _discriminator_key(key: str) -> str:
     """The released name of one of Discriminator's keys; netC's carry the network's name, betas are stacked."""
-    for pattern, theirs in (
+    return renamed(
+        key,
         (r"^blocks\.", "DBlocks."),
         (r"^judge\.", "netC.joint_conv."),
         (r"\.residual\.", ".conv_r."),
         (r"\.shortcut\.", ".conv_s."),
-    ):
-        key = re.sub(pattern, theirs, key)
-    return key
+    )

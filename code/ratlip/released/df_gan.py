@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ratlip.errors import UserError
 from ratlip.models.df_gan.discriminator import Discriminator
 from ratlip.models.df_gan.generator import HIDDEN_DIM, Generator
-from ratlip.released.weights import fill, need, tensors
+from ratlip.released.weights import fill, need, renamed, tensors
 
 SYSTEMS = ("DF-GAN", "RAT-GAN")
 # Numbers of a RAT-GAN block's affine layers, in the order in which they are run.
@@ -192,7 +192,8 @@ def generator_key(key: str, order: Sequence[int] | None) -> str:
         block, layer = divmod(int(found[1]), len(order or ORDERS[4]))
         inside = f"affine{order[layer]}" if order else f"fuse{layer // 2 + 1}.affine{layer % 2}"
         return f"{'block' if order else 'GBlocks.'}{block}.{inside}.fc_{found[2]}.{LINEARS[found[3]]}.{found[4]}"
-    for pattern, theirs in (
+    return renamed(
+        key,
         (r"^conditioner\.start\.", "lstm.start."),
         (r"^conditioner\.lstms\.0\.weight_ih$", "lstm.W"),
         (r"^conditioner\.lstms\.0\.weight_hh$", "lstm.U"),
@@ -202,20 +203,17 @@ def generator_key(key: str, order: Sequence[int] | None) -> str:
         (r"\.conv([12])\.conv\.", r".c\1."),
         (r"\.conv2\.gain$", ".gamma"),
         (r"\.shortcut\.", ".c_sc."),
-    ):
-        key = re.sub(pattern, theirs, key)
-    return key
+    )
 
 
 def discriminator_key(key: str, block: str, head: str) -> str:
     """The released name of one of Discriminator's keys; `block` and `head` as in `_discriminator`."""
-    for pattern, theirs in (
+    return renamed(
+        key,
         (r"^blocks\.(\d+)\.", rf"{block}\1."),
         (r"^judge\.", f"{head}joint_conv."),
         (r"^attention\.", f"{head}joint_conv_att."),
         (r"^joint\.", f"{head}block."),
         (r"\.residual\.", ".conv_r."),
         (r"\.shortcut\.", ".conv_s."),
-    ):
-        key = re.sub(pattern, theirs, key)
-    return key
+    )

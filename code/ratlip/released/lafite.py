@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ratlip import inert
 from ratlip.encoders.clip_towers import FrozenClip
 from ratlip.errors import UserError
 from ratlip.models.lafite.discriminator import Discriminator
 from ratlip.models.lafite.generator import Generator
 from ratlip.models.lafite.layers import sides_to
 from ratlip.paths import full
-from ratlip.released import inert
 from ratlip.released.weights import fill, need
 
 UNUSED = re.compile(r".*resample_filter$")  # the same filter in every layer

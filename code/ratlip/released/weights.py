@@ -33,6 +33,13 @@ def need(weights: Mapping[str, Tensor], key: str, network: str, axes: int | None
     return weights[key]
 
 
+def renamed(key: str, *rules: tuple[str, str]) -> str:
+    """The key after each rule in turn: what its pattern matches, and what stands in its place."""
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
 def fill(
     module: nn.Module,
     weights: Mapping[str, Tensor],

@@ -23,7 +23,6 @@ class Step(SimpleNamespace):
         images: (B, 3, S, S) in [-1, 1], this process's share of the batch.
         sentences: (B, E), of their captions. wrong: (B, E), of captions of other images.
         draws: what `System.draws` gave for these samples, tensors on the CPU.
-        number: of the step, from 0.
         scale: tensor, what losses are multiplied with before they are differentiated; 1 but in fp16.
         watched: tensors that a phase appends; the step is bad where they are not finite.
         moved: by name, new values that a phase sets for the system's `state`; kept unless the step is bad.
@@ -112,7 +111,6 @@ class System:
                 name: torch.from_numpy(rows)
                 for name, rows in self.draws(np.random.default_rng(0), len(sentences)).items()
             },
-            number=0,
             scale=torch.ones(()),
             watched=[],
             moved={},

@@ -8,8 +8,8 @@ from collections import OrderedDict
 import pytest
 import torch
 
+from ratlip import inert
 from ratlip.errors import UserError
-from ratlip.released import inert
 
 
 class Calls:

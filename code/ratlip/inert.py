@@ -1,11 +1,13 @@
 """Reads pickles of other programs without importing or running anything that they name: stand-ins take its place."""
 
+import codecs
 import io
 import pickle
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +28,21 @@ TYPES = {
     "BoolStorage": torch.bool,
 }
 
+# For arrays of numbers; they are NumPy's own functions, which build nothing else.
+ARRAYS = {
+    **{
+        f"{module}.{name}": function
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+        for name, function in (
+            ("_reconstruct", np.zeros(0).__reduce__()[0]),
+            ("scalar", np.float64(0).__reduce__()[0]),
+        )
+    },
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    "_codecs.encode": codecs.encode,  # of an array's bytes, where Python 3 writes for Python 2
+}
+
 
 class Nothing:
     """What is left of an object whose content nobody needs."""
@@ -37,19 +54,23 @@ class Nothing:
         pass
 
 
-def load(file: BinaryIO, stand_ins: Mapping[str, Callable]) -> Any:
+def load(file: BinaryIO, stand_ins: Mapping[str, Any], encoding: str = "ASCII") -> Any:
     """The content of a pickle in which only plain values, and calls of the named globals, may be.
 
     Args:
-        stand_ins: what is called in place of each global, by its full name. `calls_for_tensors()` has torch's.
+        stand_ins: what is called in place of each global, by its full name. `calls_for_tensors()` has torch's,
+            `ARRAYS` NumPy's.
+        encoding: of Python 2's byte strings.
 
     Raises:
         UserError: another global, which is named, or no pickle that can be read.
     """
-    return _load(file, stand_ins)
+    return _load(file, stand_ins, encoding=encoding)
 
 
-def _load(file: BinaryIO, stand_ins: Mapping[str, Any], storage: Callable[[Any], Any] | None = None) -> Any:
+def _load(
+    file: BinaryIO, stand_ins: Mapping[str, Any], storage: Callable[[Any], Any] | None = None, encoding: str = "ASCII"
+) -> Any:
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
             if f"{module}.{name}" not in stand_ins:
@@ -62,7 +83,7 @@ def _load(file: BinaryIO, stand_ins: Mapping[str, Any], storage: Callable[[Any],
             return storage(identity)
 
     try:
-        return Unpickler(file).load()
+        return Unpickler(file, encoding=encoding).load()
     except UserError:
         raise
     except Exception as error:  # a broken pickle can fail in any way
